@@ -1,0 +1,208 @@
+"""Renaming rules: which tensors of a checkpoint become which weights of ours.
+
+A family is data: a Layout of Rules. ``plan`` applies it strictly: every tensor of the checkpoint is
+used or named as dropped, and every weight is filled once.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+from converters.files import preview
+from converters.lazy import Lazy, concatenate, stack
+from jaxserve.errors import CheckpointError
+from jaxserve.model.config import ModelConfig
+from jaxserve.model.params import Param
+
+FLOATS = ("float64", "float32", "float16", "bfloat16")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A tensor of the checkpoint under its own name, which messages show."""
+
+    name: str
+    array: Lazy
+
+    def expect(self, *shape: int) -> Lazy:
+        """The array, whose shape must be this one.
+
+        Raises:
+            CheckpointError: it isn't.
+        """
+        if self.array.shape != shape:
+            raise CheckpointError(
+                f"tensor {self.name!r} has shape {list(self.array.shape)}, but config.json implies "
+                f"{list(shape)}. They belong to different models; download both again."
+            )
+        return self.array
+
+
+Transform = Callable[[tuple[Source, ...], Param], Lazy]
+
+
+def same(sources: tuple[Source, ...], param: Param) -> Lazy:
+    """One tensor as it is."""
+    return sources[0].expect(*param.shape)
+
+
+def split_inputs(sources: tuple[Source, ...], param: Param) -> Lazy:
+    """[outputs, inputs] -> [outputs, a, b, ...] with a * b * ... = inputs."""
+    outputs, *inputs = param.shape
+    return sources[0].expect(outputs, math.prod(inputs)).reshape(*param.shape)
+
+
+def fuse_qkv(sources: tuple[Source, ...], param: Param) -> Lazy:
+    """q [heads * D, ...], k and v [kv_heads * D, ...] -> [kv_heads, group + 2, D, ...]."""
+    kv_heads, parts, size, *rest = param.shape
+    q, k, v = (
+        source.expect(kv_heads * heads * size, *rest).reshape(kv_heads, heads, size, *rest)
+        for source, heads in zip(sources, (parts - 2, 1, 1), strict=True)
+    )
+    return concatenate([q, k, v], 1)
+
+
+def stack_parts(sources: tuple[Source, ...], param: Param) -> Lazy:
+    """Tensors of one shape [F, ...] -> [parts, F, ...], for example gate and up."""
+    return stack([source.expect(*param.shape[1:]) for source in sources])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one weight is made.
+
+    Attributes:
+        target: a path of ``decoder.declare``; ``{i}`` stands for the layer's number.
+        sources: names of tensors without the layout's prefix; ``{i}`` likewise.
+        transform: from the sources to an array of the weight's shape.
+    """
+
+    target: str
+    sources: tuple[str, ...]
+    transform: Transform = same
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The rules of a family.
+
+    Attributes:
+        rules: one per weight that the family can have.
+        prefixes: a tensor's name may begin with one of these; it is cut off before rules apply.
+        dropped: patterns (fnmatch) of tensors that nobody needs.
+        dropped_if_tied: more of them for models whose logits reuse the embedding.
+    """
+
+    rules: tuple[Rule, ...]
+    prefixes: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    dropped_if_tied: tuple[str, ...] = ()
+
+
+def plan(
+    layout: Layout, tensors: Mapping[str, Lazy], config: ModelConfig, tree: Mapping[str, Param]
+) -> dict[str, Lazy]:
+    """How to make each weight of ``tree`` (as declared for ``config``) from the tensors.
+
+    Raises:
+        CheckpointError: a tensor is missing, not used, of the wrong shape, or not of floats.
+    """
+    sources = _without_prefixes(layout, tensors)
+    rules = {rule.target: rule for rule in layout.rules}
+    wanted: dict[str, tuple[Transform, list[str]]] = {}
+    for path in tree:
+        match = re.fullmatch(r"layers/(\d+)/(.+)", path)
+        number = match[1] if match else ""
+        rule = rules.get(f"layers/{{i}}/{match[2]}" if match else path)
+        if rule is None:
+            raise CheckpointError(f"the family of {config.architecture} has no rule for {path!r}.")
+        wanted[path] = (rule.transform, [name.format(i=number) for name in rule.sources])
+    _check_names(layout, config, sources, {name for _, names in wanted.values() for name in names})
+    for source in sources.values():
+        if source.array.dtype.name not in FLOATS:
+            raise CheckpointError(
+                f"tensor {source.name!r} has dtype {source.array.dtype}; expected one of "
+                f"{', '.join(FLOATS)}. Quantized checkpoints are not supported yet."
+            )
+    return {
+        path: _make(transform, tuple(sources[name] for name in names), tree[path])
+        for path, (transform, names) in wanted.items()
+    }
+
+
+def _make(transform: Transform, sources: tuple[Source, ...], param: Param) -> Lazy:
+    try:
+        return transform(sources, param)
+    except CheckpointError:
+        raise
+    except ValueError as error:  # for example parts of different dtypes
+        names = preview([source.name for source in sources])
+        raise CheckpointError(f"tensors {names} can't be combined: {error}") from None
+
+
+def _without_prefixes(layout: Layout, tensors: Mapping[str, Lazy]) -> dict[str, Source]:
+    sources: dict[str, Source] = {}
+    for full, array in tensors.items():
+        prefix = next((p for p in layout.prefixes if full.startswith(p)), "")
+        name = full[len(prefix) :]
+        if name in sources:
+            raise CheckpointError(
+                f"tensors {sources[name].name!r} and {full!r} mean the same weight; remove one."
+            )
+        sources[name] = Source(full, array)
+    return sources
+
+
+def _check_names(
+    layout: Layout, config: ModelConfig, sources: dict[str, Source], wanted: set[str]
+) -> None:
+    """Drops what the layout drops, and compares the names that are there with those needed."""
+    patterns = layout.dropped + (layout.dropped_if_tied if config.tie_word_embeddings else ())
+    for name in _matching(sources, patterns):
+        del sources[name]
+    missing = sorted(wanted - sources.keys())
+    surplus = sorted(sources[name].name for name in sources.keys() - wanted)
+    if missing:
+        hint = f" It has {preview(surplus)}, which nothing uses." if surplus else ""
+        raise CheckpointError(
+            f"{len(missing)} tensors are missing: {preview(missing)}.{hint} The download is "
+            f"incomplete, or the weights aren't those of a {config.architecture}."
+        )
+    if surplus:
+        raise CheckpointError(
+            f"{len(surplus)} tensors fit no weight of {config.architecture} as config.json "
+            f"describes it: {preview(surplus)}. Check that config.json belongs to these weights; "
+            "if they are to be ignored, add them to the family's dropped patterns."
+        )
+
+
+def _matching(names: Iterable[str], patterns: tuple[str, ...]) -> list[str]:
+    return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+
+
+def repeat_kv_heads(array: Lazy, declared: Param, target: Param) -> Lazy:
+    """Adapts a weight to a target with more KV heads, see ``decoder.for_tensor_parallel``.
+
+    Key and value heads are repeated, each several times in a row, and the query heads of a group
+    are shared out among the copies.
+    """
+    if declared.shape == target.shape:
+        return array
+    if declared.axes[0] != "kv_heads":  # the output projection: only the grouping changes
+        return array.reshape(*target.shape)
+    times = target.shape[0] // declared.shape[0]
+    queries = declared.shape[1] - 2
+    everything = [slice(None)] * len(declared.shape)
+
+    def part(start: int, stop: int) -> Lazy:
+        index = list(everything)
+        index[1] = slice(start, stop)
+        return array[tuple(index)]
+
+    q = part(0, queries).reshape(target.shape[0], queries // times, *target.shape[2:])
+    kv = part(queries, queries + 2).repeat(times, 0)
+    return concatenate([q, kv], 1)

@@ -1,0 +1,39 @@
+"""The device mesh, and the one table from logical axes to mesh axes."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.errors import ConfigError
+
+TENSOR = "tensor"
+"""The mesh axis of tensor parallelism."""
+
+LOGICAL_TO_MESH: dict[str, str] = {"vocab": TENSOR, "kv_heads": TENSOR, "ffn": TENSOR}
+
+
+def make_mesh(tensor_parallel_size: int) -> Mesh:
+    """A mesh over the first ``tensor_parallel_size`` local devices.
+
+    Raises:
+        ConfigError: fewer devices are there.
+    """
+    devices = jax.local_devices()
+    if tensor_parallel_size > len(devices):
+        raise ConfigError(
+            f"tensor_parallel_size={tensor_parallel_size} needs that many devices, but JAX sees "
+            f"{len(devices)} ({devices[0].device_kind}). Lower it, or run `jaxserve doctor`."
+        )
+    return Mesh(np.array(devices[:tensor_parallel_size]), (TENSOR,))
+
+
+def reduce_sum(x: jax.Array) -> jax.Array:
+    """Sums partial results over the tensor-parallel devices; identity with one device."""
+    return jax.lax.psum(x, TENSOR) if tensor_parallel_size() > 1 else x
+
+
+def tensor_parallel_size() -> int:
+    """Devices among which the running shard_map splits the model; 1 outside of one."""
+    return jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1)

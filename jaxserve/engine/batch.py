@@ -1,0 +1,278 @@
+"""The door: turns a decision into one packed int32 array of fixed shape, and back on the device.
+
+This is the only code that knows the layout of that array. Everything the device needs for a step
+travels in it, sampling settings included: they are a few words per lane, and one upload costs the
+same whether it holds ten kilobytes or forty.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.engine.page_allocator import PADDING_PAGE
+from jaxserve.engine.request import Decision, Request
+from jaxserve.model.inputs import StepInputs
+from jaxserve.sampling.inputs import SamplingInputs
+from jaxserve.sampling.params import MAX_STOP_TOKEN_IDS
+from pallas_kernels.paged_attention import AttentionBatch, PlanSizes, plan, plan_sizes
+
+MAX_FORBIDDEN = MAX_STOP_TOKEN_IDS + 8
+"""Tokens that a lane can rule out: its stop ids and the model's end tokens."""
+
+FLOAT_WORDS = (
+    *("temperature", "top_p", "min_p"),
+    *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+)
+"""Sampling settings that travel as the bits of a float32."""
+
+Fields = dict[str, tuple[int, ...]]
+"""Names and shapes of the parts of a packed array, in order."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The fixed shape of a compiled step.
+
+    Attributes:
+        lanes: most requests in the step.
+        tokens: most tokens; equal to ``lanes`` in a bucket for decoding only.
+        pages: most pages that a request in it may have.
+    """
+
+    lanes: int
+    tokens: int
+    pages: int
+
+    @property
+    def decode_only(self) -> bool:
+        """Whether each lane has at most one token."""
+        return self.tokens == self.lanes
+
+    def fits(self, lanes: int, tokens: int, pages: int) -> bool:
+        """Whether a step of this size fits (one token a lane if ``tokens == lanes``)."""
+        enough = lanes <= self.lanes and tokens <= self.tokens and pages <= self.pages
+        return enough and (tokens == lanes or not self.decode_only)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each field of a bucket's packed array lies.
+
+    Attributes:
+        bucket: the bucket.
+        page_size: tokens per page.
+        rows: rows of device state.
+        plan: sizes of the attention plan.
+    """
+
+    bucket: Bucket
+    page_size: int
+    rows: int
+    plan: PlanSizes
+
+    @classmethod
+    def make(cls, bucket: Bucket, page_size: int, rows: int, group: int, split: bool) -> Layout:
+        """The layout for a model whose widest GQA group is ``group``; see ``plan_sizes``."""
+        sizes = plan_sizes(bucket.lanes, bucket.tokens, group, split)
+        return cls(bucket, page_size, rows, sizes)
+
+    @property
+    def num_table_updates(self) -> int:
+        """Page-table cells that one step can write."""
+        return self.bucket.lanes + self.bucket.tokens // self.page_size
+
+    @functools.cached_property
+    def sampling_fields(self) -> Fields:
+        """The fields that the sampler reads; they depend on the number of lanes only."""
+        lanes = self.bucket.lanes
+        return {
+            **dict.fromkeys(("sample_row", "output_index", "top_k", *FLOAT_WORDS), (lanes,)),
+            "seed": (lanes, 2),
+            "forbidden": (lanes, MAX_FORBIDDEN),
+        }
+
+    @functools.cached_property
+    def fields(self) -> Fields:
+        """Every field's shape, in order; the sampler's come first."""
+        lanes, tokens = self.bucket.lanes, self.bucket.tokens
+        items, tiles = self.plan.decode_items, self.plan.tiles
+        per_lane = ("row", "query_start", "query_len", "kv_len", "prompt_len")
+        return {
+            **self.sampling_fields,
+            **dict.fromkeys((*per_lane, "decode_first", "decode_count"), (lanes,)),
+            **dict.fromkeys(("decode_lane", "decode_start", "decode_end"), (items,)),
+            **dict.fromkeys(("tile_lane", "tile_start"), (tiles,)),
+            **dict.fromkeys(("token_ids", "token_lane"), (tokens,)),
+            "table_updates": (self.num_table_updates, 3),
+        }
+
+    @functools.cached_property
+    def size(self) -> int:
+        """Words of the packed array."""
+        return _num_words(self.fields)
+
+    @functools.cached_property
+    def sampling_size(self) -> int:
+        """Words of its first part, the sampler's."""
+        return _num_words(self.sampling_fields)
+
+
+def _num_words(fields: Fields) -> int:
+    return sum(math.prod(shape) for shape in fields.values())
+
+
+def split_fields(packed: Any, fields: Fields) -> dict[str, Any]:
+    """The fields of a packed array, numpy (as views) or JAX."""
+    parts, offset = {}, 0
+    for name, shape in fields.items():
+        size = math.prod(shape)
+        parts[name] = packed[offset : offset + size].reshape(shape)
+        offset += size
+    return parts
+
+
+class Packer:
+    """Packs decisions; keeps each row's sampling settings, written when the row changes hands."""
+
+    def __init__(self, rows: int) -> None:
+        self._settings = {name: np.zeros(rows, np.float32) for name in FLOAT_WORDS}
+        self._top_k = np.zeros(rows, np.int32)
+        self._seed = np.zeros((rows, 2), np.uint32)
+
+    def pack(self, layout: Layout, decision: Decision, table_updates: np.ndarray) -> np.ndarray:
+        """The packed array int32 [layout.size] of a decision that fits the layout's bucket.
+
+        Args:
+            table_updates: int32 [n, 3] of (row, column, page), n <= layout.num_table_updates.
+        """
+        packed = np.zeros(layout.size, np.int32)
+        fields = split_fields(packed, layout.fields)
+        scheduled = decision.scheduled
+        count = len(scheduled)
+        lengths = np.fromiter((s.num_scheduled_tokens for s in scheduled), np.int32, count)
+        starts = np.fromiter((s.start for s in scheduled), np.int32, count)
+        rows = np.fromiter((s.row for s in scheduled), np.int32, count)
+        tokens = int(lengths.sum())
+
+        fields["token_lane"][:] = -1
+        fields["token_lane"][:tokens] = np.repeat(np.arange(count, dtype=np.int32), lengths)
+        if tokens == count:
+            ids = [s.token_ids[0] for s in scheduled]
+        else:
+            ids = [token for s in scheduled for token in s.token_ids]
+        fields["token_ids"][:tokens] = ids
+
+        kv_len = starts + lengths
+        fields["row"][:count] = rows
+        fields["query_start"][:count] = np.cumsum(lengths) - lengths
+        fields["query_len"][:count] = lengths
+        fields["kv_len"][:count] = kv_len
+        for name, array in plan(lengths, kv_len, layout.plan).items():
+            fields[name][:] = array
+        fields["prompt_len"][:count] = [s.request.num_prompt_tokens for s in scheduled]
+
+        fields["table_updates"][:, 0] = layout.rows  # unused cells are dropped
+        fields["table_updates"][: len(table_updates)] = table_updates
+        self._pack_sampling(fields, decision, rows, layout.rows)
+        return packed
+
+    def _pack_sampling(
+        self, fields: dict[str, Any], decision: Decision, rows: np.ndarray, num_rows: int
+    ) -> None:
+        scheduled = decision.scheduled
+        count = len(scheduled)
+        for item in scheduled:
+            if item.new_row:
+                self._set_row(item.row, item.request)
+        fields["sample_row"][:] = num_rows
+        fields["sample_row"][:count] = [s.row if s.samples else num_rows for s in scheduled]
+        fields["output_index"][:count] = [s.output_index for s in scheduled]
+        for name, values in self._settings.items():
+            fields[name][:count] = values[rows].view(np.int32)
+        fields["top_k"][:count] = self._top_k[rows]
+        fields["seed"][:count] = self._seed[rows].view(np.int32)
+        fields["forbidden"][:] = -1
+        for lane, item in enumerate(scheduled):
+            if item.output_index < item.request.params.min_tokens:
+                ids = sorted(item.request.stop_token_ids)
+                fields["forbidden"][lane, : len(ids)] = ids
+
+    def _set_row(self, row: int, request: Request) -> None:
+        for name, values in self._settings.items():
+            values[row] = getattr(request.params, name)
+        self._top_k[row] = request.params.top_k
+        self._seed[row] = request.seed >> 32, request.seed & 0xFFFFFFFF
+
+
+def table_updates(decision: Decision) -> np.ndarray:
+    """The page-table cells that a decision enters, int32 [n, 3] of (row, column, page)."""
+    cells = [
+        (item.row, item.first_new_page + offset, page)
+        for item in decision.scheduled
+        for offset, page in enumerate(item.new_pages)
+    ]
+    return np.array(cells, np.int32).reshape(-1, 3)
+
+
+# --- on the device ------------------------------------------------------------------------------
+
+
+def write_table(page_table: jax.Array, updates: jax.Array) -> jax.Array:
+    """The page table [rows, columns] with (row, column, page) cells entered."""
+    return page_table.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
+
+
+def unpack_inputs(
+    layout: Layout, packed: jax.Array, page_table: jax.Array, last_token: jax.Array
+) -> tuple[StepInputs, jax.Array]:
+    """The model's inputs from a packed array, and the updated page table."""
+    fields = split_fields(packed, layout.fields)
+    page_table = write_table(page_table, fields["table_updates"])
+    real = fields["token_lane"] >= 0
+    lane = jnp.maximum(fields["token_lane"], 0)
+    row = fields["row"][lane]
+    place = jnp.arange(layout.bucket.tokens)
+    start = fields["kv_len"] - fields["query_len"]
+    position = jnp.where(real, place - fields["query_start"][lane] + start[lane], 0)
+    unknown = fields["token_ids"] < 0  # chosen by the step before: only the device knows it yet
+    token_ids = jnp.where(unknown, last_token[row], fields["token_ids"])
+    page = page_table[row, position // layout.page_size]
+    visible_pages = page_table[:, : layout.bucket.pages]
+    names = AttentionBatch.__dataclass_fields__.keys() & fields.keys()
+    inputs = StepInputs(
+        token_ids=token_ids,
+        positions=position,
+        rope_lengths=jnp.maximum(fields["prompt_len"][lane], position + 1),
+        write_page=jnp.where(real, page, PADDING_PAGE),
+        write_slot=position % layout.page_size,
+        sample_index=jnp.maximum(fields["query_start"] + fields["query_len"] - 1, 0),
+        page_table=visible_pages,
+        attention=AttentionBatch(
+            **{name: fields[name] for name in names}, tile_tokens=layout.plan.tile_tokens
+        ),
+    )
+    return inputs, page_table
+
+
+def unpack_sampling(layout: Layout, words: jax.Array) -> SamplingInputs:
+    """The sampler's inputs from the first ``layout.sampling_size`` words of a packed array."""
+    fields = split_fields(words, layout.sampling_fields)
+
+    def floats(name: str) -> jax.Array:
+        return jax.lax.bitcast_convert_type(fields[name], jnp.float32)
+
+    return SamplingInputs(
+        row=fields["sample_row"],
+        output_index=fields["output_index"],
+        top_k=fields["top_k"],
+        seed=jax.lax.bitcast_convert_type(fields["seed"], jnp.uint32),
+        forbidden=fields["forbidden"],
+        **{name: floats(name) for name in FLOAT_WORDS},
+    )

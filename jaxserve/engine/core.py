@@ -1,0 +1,187 @@
+"""Engine: admits requests and carries out one step after the other, one step ahead of the device.
+
+add → scheduler.schedule → runner.dispatch → (one step later) runner.collect → scheduler.update
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from jaxserve.engine.request import (
+    Decision,
+    FinishReason,
+    Request,
+    RequestUpdate,
+    SampledToken,
+)
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.errors import ConfigError, EngineClosedError, InvalidRequestError
+from jaxserve.sampling.params import SamplingParams
+
+
+class Runner(Protocol):
+    """Computes steps. ``dispatch`` only starts one; ``collect`` waits for it."""
+
+    def dispatch(self, decision: Decision) -> Any:
+        """Starts a step; returns a handle for ``collect``."""
+
+    def collect(self, handle: Any) -> Sequence[SampledToken | None]:
+        """The tokens of a dispatched step, one entry per scheduled request."""
+
+    def close(self) -> None:
+        """Frees what the runner holds."""
+
+
+class Engine:
+    """One model, its scheduler and its runner.
+
+    Args:
+        scheduler, runner: the two halves.
+        max_model_len: longest sequence, prompt and output together.
+        vocab_size: width of the logits; prompt ids must lie below it.
+        eos_token_ids: the model's own end tokens.
+        dynamic_rope_len: prompts longer than this share no prefixes with prompts of other lengths,
+            since their keys depend on the length (see ``rope.cos_sin``); None if never.
+        seed: mixed into the seeds of requests that bring none.
+
+    Raises:
+        ConfigError: the pages can't hold one sequence of ``max_model_len`` tokens, so a request
+            could come to a halt for ever.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        *,
+        max_model_len: int,
+        vocab_size: int,
+        eos_token_ids: Sequence[int] = (),
+        dynamic_rope_len: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        allocator = scheduler.allocator
+        if allocator.pages_for(max_model_len) > allocator.num_usable:
+            raise ConfigError(
+                f"max_model_len={max_model_len} needs {allocator.pages_for(max_model_len)} KV pages "
+                f"of {allocator.page_size} tokens, but there are {allocator.num_usable}. Lower it, "
+                "or give the KV cache more memory."
+            )
+        self.scheduler = scheduler
+        self.stats = scheduler.stats
+        self.max_model_len = max_model_len
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(eos_token_ids)
+        self._dynamic_rope_len = dynamic_rope_len
+        self._seed = seed
+        self._num_added = 0
+        self._runner: Runner | None = runner
+        self._in_flight: tuple[Decision, Any] | None = None
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        """Whether ``step`` still has something to do."""
+        return bool(self.scheduler.requests) or self._in_flight is not None
+
+    def add(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        cache_salt: str = "",
+    ) -> Request:
+        """Admits one generation (``params.n`` is the caller's business).
+
+        Raises:
+            InvalidRequestError: it could not be served, now or ever; says why.
+            EngineClosedError: the engine was closed.
+        """
+        if self._runner is None:
+            raise EngineClosedError("this engine was closed; make a new one")
+        if request_id in self.scheduler.requests:
+            message = f"request_id {request_id!r} is already running."
+            raise InvalidRequestError(message, param="request_id")
+        prompt = self._checked_prompt(prompt_token_ids)
+        self._check_token_ids("stop_token_ids", params.stop_token_ids or ())
+        room = self.max_model_len - len(prompt)
+        seed = params.seed
+        if seed is None:
+            text = b"%d/%d" % (self._seed, self._num_added)
+            seed = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest())
+        self._num_added += 1
+        stop = frozenset(params.stop_token_ids or ())
+        request = Request(
+            request_id=request_id,
+            token_ids=prompt,
+            params=params,
+            max_tokens=min(room, params.max_tokens or room),
+            stop_token_ids=stop if params.ignore_eos else stop | frozenset(self.eos_token_ids),
+            seed=seed & (2**64 - 1),
+            cache_salt=self._salt(cache_salt, len(prompt)),
+        )
+        self.scheduler.add(request)
+        return request
+
+    def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
+        """Ends a request at once; does nothing if it ended already."""
+        self.scheduler.abort(request_id, reason)
+
+    def step(self) -> list[RequestUpdate]:
+        """Starts the next step, then waits for the one before it.
+
+        Returns:
+            The news of that earlier step; empty while the first step runs.
+        """
+        if self._runner is None:
+            raise EngineClosedError("this engine was closed; make a new one")
+        decision = self.scheduler.schedule()
+        before, self._in_flight = self._in_flight, None
+        if decision.scheduled:
+            self._in_flight = (decision, self._runner.dispatch(decision))
+        elif before is None and self.scheduler.requests:
+            raise RuntimeError("no request can be scheduled and none is running")
+        if before is None:
+            return []
+        finished, handle = before
+        return self.scheduler.update(finished, self._runner.collect(handle))
+
+    def close(self) -> None:
+        """Aborts all requests and frees the device's memory. Safe to call twice."""
+        for request_id in list(self.scheduler.requests):
+            self.scheduler.abort(request_id)
+        self._in_flight = None
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def _checked_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        prompt = list(prompt_token_ids)
+        if not prompt:
+            raise InvalidRequestError("The prompt is empty; give at least one token.", "prompt")
+        if len(prompt) >= self.max_model_len:
+            raise InvalidRequestError(
+                f"The prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len} "
+                "and at least one must be left for the output. Shorten the prompt or raise "
+                "max_model_len.",
+                "prompt",
+            )
+        self._check_token_ids("prompt", prompt)
+        return prompt
+
+    def _check_token_ids(self, param: str, ids: Sequence[int]) -> None:
+        """Out-of-range ids must not reach the device: gathers there clamp or wrap in silence."""
+        for token in ids:
+            if type(token) is not int or not 0 <= token < self.vocab_size:  # bools are no ids
+                raise InvalidRequestError(
+                    f"{param} holds {token!r}; token ids are integers from 0 to "
+                    f"{self.vocab_size - 1}.",
+                    param,
+                )
+
+    def _salt(self, cache_salt: str, prompt_len: int) -> bytes:
+        """Hashed, so that no salt can be made to look like a page's hash, or like another salt."""
+        dynamic = self._dynamic_rope_len is not None and prompt_len > self._dynamic_rope_len
+        text = ascii((cache_salt, prompt_len if dynamic else None))
+        return hashlib.blake2b(text.encode(), digest_size=16).digest()

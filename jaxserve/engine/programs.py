@@ -1,0 +1,160 @@
+"""Compiles a known set of programs in threads, the most urgent first."""
+
+from __future__ import annotations
+
+import functools
+import os
+import threading
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxserve.engine.stats import Stats
+
+Lower = Callable[[], "jax.stages.Lowered"]
+Progress = Callable[[int, int], None]
+
+
+def use_compilation_cache(directory: str | None) -> None:
+    """Keeps compiled programs of this process in a directory, for the next one to find.
+
+    A directory that JAX was already told of, by its own setting or variable, is left as it is. The
+    default lies in the user's cache folder. Whoever can write to it can make us run code: it must
+    belong to the user alone.
+    """
+    if directory is None and jax.config.jax_compilation_cache_dir:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    path = Path(directory) if directory else home / "jaxserve" / "xla"
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    # Small programs count too: dozens of them make a cold start slow.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@functools.cache
+def compile_events() -> Counter[str]:
+    """Running counts of this process's "compilations" and "cache_hits", as JAX reports them."""
+    counts: Counter[str] = Counter()
+
+    def on_duration(event: str, duration: float, **_: Any) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            counts["compilations"] += 1
+
+    def on_event(event: str, **_: Any) -> None:
+        if event == "/jax/compilation_cache/cache_hits":
+            counts["cache_hits"] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    jax.monitoring.register_event_listener(on_event)
+    return counts
+
+
+class Programs:
+    """A fixed set of programs by key.
+
+    Compiling goes on in background threads from ``start`` on, in the order of the mapping. A caller
+    that needs a program that isn't ready compiles it itself, or waits for the thread that does.
+
+    Args:
+        lowerings: key -> a function that traces and lowers the program.
+        stats: counts compilations, as "warmup" once started, else as "late".
+    """
+
+    def __init__(self, lowerings: Mapping[Hashable, Lower], stats: Stats) -> None:
+        self._lowerings = lowerings
+        self._stats = stats
+        self._queue = list(lowerings)
+        self._ready: dict[Hashable, jax.stages.Compiled] = {}
+        self._errors: dict[Hashable, BaseException] = {}
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._started = False
+
+    def start(self, threads: int | None = None) -> None:
+        """Starts compiling everything in the background."""
+        self._started = True
+        for _ in range(threads or min(8, os.cpu_count() or 1)):
+            thread = threading.Thread(target=self._work, name="jaxserve-compile", daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def ready(self, key: Hashable) -> bool:
+        """Whether ``get`` would return at once."""
+        return key in self._ready
+
+    def get(self, key: Hashable) -> Any:
+        """The compiled program, compiled now if need be. Raises what compiling it raised."""
+        program = self._ready.get(key)
+        if program is not None:
+            return program
+        with self._changed:
+            mine = key in self._queue
+            if mine:
+                self._queue.remove(key)
+        if mine:
+            self._compile(key)
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._ready or key in self._errors)
+        if key in self._errors:
+            raise self._errors[key]
+        return self._ready[key]
+
+    def wait(self, progress: Progress | None = None) -> None:
+        """Waits until every program is ready; calls progress(done, total) as they become so."""
+        total, shown = len(self._lowerings), -1
+        while True:
+            with self._changed:
+                done = len(self._ready) + len(self._errors)
+                if done == shown and done < total:
+                    self._changed.wait(1.0)
+                    continue
+            shown = done
+            if progress is not None:
+                progress(done, total)
+            if self._errors:
+                raise next(iter(self._errors.values()))
+            if done == total:
+                return
+
+    def close(self) -> None:
+        """Drops what isn't compiled yet, and the programs."""
+        with self._changed:
+            self._queue.clear()
+        for thread in self._threads:
+            thread.join()
+        self._ready.clear()
+
+    @property
+    def temp_bytes(self) -> int:
+        """Most scratch memory that a compiled program takes on a device, in bytes."""
+        sizes = [
+            getattr(p.memory_analysis(), "temp_size_in_bytes", 0) for p in self._ready.values()
+        ]
+        return max(sizes, default=0)
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                if not self._queue:
+                    return
+                key = self._queue.pop(0)
+            self._compile(key)
+
+    def _compile(self, key: Hashable) -> None:
+        try:
+            program = self._lowerings[key]().compile()
+        except BaseException as error:
+            with self._changed:
+                self._errors[key] = error
+                self._changed.notify_all()
+            return
+        with self._changed:
+            self._ready[key] = program
+            kind = "warmup" if self._started else "late"
+            self._stats.compilations[kind] = self._stats.compilations.get(kind, 0) + 1
+            self._changed.notify_all()

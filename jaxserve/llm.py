@@ -1,0 +1,429 @@
+"""LLM: generation in a notebook or a script. A composition root."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from tqdm.auto import tqdm
+
+from converters import Checkpoint, open_checkpoint, resolve_model
+from jaxserve import compat, demo, log
+from jaxserve.config import DTYPES, DeviceFacts, EngineConfig
+from jaxserve.distributed import LOGICAL_TO_MESH, make_mesh
+from jaxserve.engine.core import Engine
+from jaxserve.engine.memory import GIB, MemoryPlan, check_fits, plan_memory
+from jaxserve.engine.page_allocator import PageAllocator
+from jaxserve.engine.programs import compile_events, use_compilation_cache
+from jaxserve.engine.request import FinishReason
+from jaxserve.engine.runner import Runner, make_buckets
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.stats import Stats
+from jaxserve.errors import ConfigError, EngineClosedError, InvalidRequestError
+from jaxserve.model import decoder
+from jaxserve.model import params as model_params
+from jaxserve.model.config import ModelConfig
+from jaxserve.outputs import Generation, RequestOutput
+from jaxserve.sampling.params import SamplingParams
+from jaxserve.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int] | dict[str, Any]
+Message = dict[str, Any]
+Warmup = str
+OnText = Callable[[RequestOutput, str], None]
+
+
+class LLM:
+    """A model that generates text.
+
+        with LLM("Qwen/Qwen3-0.6B") as llm:
+            print(llm.generate("Hello, my name is")[0].outputs[0].text)
+
+    ``LLM()`` alone loads the embedded demo model, a toy. The keyword arguments are the fields of
+    EngineConfig, which bear vLLM's names; vLLM's other arguments are accepted where they need
+    nothing here.
+
+    Args:
+        model: a checkpoint directory (Hugging Face or Orbax) or a hub id.
+        chat_template: Jinja text that replaces the tokenizer's chat template.
+        warmup: "full" compiles every program before the constructor returns; "background" returns
+            once some request can be served and compiles the rest meanwhile.
+        use_tqdm: show progress while loading and compiling.
+        **arguments: see EngineConfig.
+
+    Raises:
+        ConfigError: an argument is wrong, or doesn't fit the model or the machine.
+        CheckpointError: the checkpoint can't be read.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        chat_template: str | None = None,
+        warmup: Warmup = "full",
+        use_tqdm: bool = True,
+        **arguments: Any,
+    ) -> None:
+        log.set_up()
+        self._engine: Engine | None = None
+        if warmup not in ("full", "background"):
+            raise ConfigError(f'warmup={warmup!r} must be "full" or "background".')
+        config = compat.engine_config(model and str(model), arguments)
+        path = _find_model(config)
+        self._checkpoint = open_checkpoint(path, config.load_format)
+        self._tokenizer: Tokenizer | None = None
+        if not config.skip_tokenizer_init:
+            where = config.tokenizer or str(path)
+            self._tokenizer = Tokenizer(where, config.tokenizer_revision, chat_template)
+        elif chat_template is not None:
+            raise ConfigError("chat_template needs a tokenizer; drop skip_tokenizer_init.")
+        self.config, self.memory, self._runner, self._engine = _make_engine(
+            config, self._checkpoint, use_tqdm
+        )
+        if not config.enforce_eager:
+            _warm_up(self._runner, self.memory, warmup == "full", use_tqdm)
+        self._num_requests = 0
+
+    # --- generating -----------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        on_text: OnText | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts; returns one output per prompt, in their order.
+
+        Args:
+            prompts: texts, lists of token ids, or dicts with "prompt" or "prompt_token_ids", and
+                optionally "cache_salt".
+            sampling_params: for all, or one per prompt; the model's own defaults if None.
+            use_tqdm: show progress.
+            on_text: called with an output and its first completion's new text as it comes.
+
+        Raises:
+            InvalidRequestError: a prompt can't be served; nothing was generated then.
+        """
+        engine = self._running_engine()
+        items = _as_list(prompts)
+        params = self._params_for(sampling_params, len(items))
+        outputs: list[RequestOutput] = []
+        generations: dict[str, tuple[Generation, RequestOutput]] = {}
+        try:
+            for item, one in zip(items, params):
+                output = self._add(item, one, generations)
+                outputs.append(output)
+            self._run(engine, generations, use_tqdm, on_text)
+        finally:
+            # After an error or Ctrl-C, nothing of this call may stay behind in the engine.
+            for request_id in generations:
+                engine.abort(request_id)
+            while engine.has_unfinished_requests:
+                engine.step()
+        return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: list[dict[str, Any]] | None = None,
+        chat_template: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        on_text: OnText | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several, each a list of {"role", "content"} messages.
+
+        Args:
+            add_generation_prompt: begin the assistant's turn.
+            continue_final_message: go on with the last message instead.
+            tools: schemas of functions, for templates that show them to the model.
+            chat_template: replaces the tokenizer's for this call.
+            chat_template_kwargs: more variables for the template.
+
+        Raises:
+            InvalidRequestError: the template refuses the messages, or a prompt can't be served.
+        """
+        if self._tokenizer is None:
+            raise InvalidRequestError("chat needs a tokenizer; drop skip_tokenizer_init.")
+        if not messages or isinstance(messages, str):
+            raise InvalidRequestError("messages must be a list of messages.", "messages")
+        one = isinstance(messages[0], dict)
+        conversations: Any = [messages] if one else messages
+        options = dict(chat_template_kwargs or {})
+        if chat_template is not None:
+            options["chat_template"] = chat_template
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            text = self._tokenizer.apply_chat_template(
+                conversation,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                **options,
+            )
+            # The template already wrote the special tokens that begin a text.
+            ids = self._tokenizer.encode(text, add_special_tokens=False)
+            prompts.append({"prompt": text, "prompt_token_ids": ids})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_text=on_text)
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer of ``transformers``, or None with skip_tokenizer_init."""
+        return self._tokenizer and self._tokenizer.hf
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """SamplingParams with the defaults of the model's generation_config.json."""
+        fields = {field.name for field in dataclasses.fields(SamplingParams)}
+        given = self._checkpoint.generation
+        known = {name: value for name, value in given.items() if name in fields}
+        if given.get("do_sample") is False:
+            known["temperature"] = 0.0
+        return SamplingParams(**known)
+
+    @property
+    def stats(self) -> Stats:
+        """The engine's counters."""
+        return self._running_engine().stats
+
+    # --- end of life ----------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Frees the device memory. Safe to call twice; ``with LLM(...)`` and ``del`` call it."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+            del self._runner
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):  # the interpreter may be half gone
+            self.close()
+
+    # --- inside ---------------------------------------------------------------------------------
+
+    def _running_engine(self) -> Engine:
+        if self._engine is None:
+            raise EngineClosedError("this LLM was closed; make a new one")
+        return self._engine
+
+    def _params_for(self, params: Any, count: int) -> list[SamplingParams]:
+        if params is None:
+            params = self.get_default_sampling_params()
+        if isinstance(params, SamplingParams):
+            return [params] * count
+        if len(params) != count:
+            message = f"{len(params)} sampling_params were given for {count} prompts."
+            raise InvalidRequestError(message, "sampling_params")
+        return list(params)
+
+    def _add(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        generations: dict[str, tuple[Generation, RequestOutput]],
+    ) -> RequestOutput:
+        """Admits a prompt's n completions and enters them into ``generations``."""
+        engine = self._running_engine()
+        text, ids, salt = self._parse(prompt)
+        if self._tokenizer is None and params.stop:
+            raise InvalidRequestError("stop strings need a tokenizer; use stop_token_ids.", "stop")
+        name = str(self._num_requests)
+        self._num_requests += 1
+        output = RequestOutput(name, text, ids, [])
+        for index in range(params.n):
+            seed = None if params.seed is None else params.seed + index
+            request_id = f"{name}-{index}"
+            request = engine.add(request_id, ids, params.replace(seed=seed), salt)
+            generation = Generation(request, index, self._tokenizer, engine.eos_token_ids)
+            output.outputs.append(generation.output)
+            generations[request_id] = generation, output
+        return output
+
+    def _parse(self, prompt: Prompt) -> tuple[str | None, list[int], str]:
+        """(text, token ids, cache salt) of a prompt in any of its forms."""
+        text, ids, salt = None, None, ""
+        if isinstance(prompt, str):
+            text = prompt
+        elif isinstance(prompt, dict):
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            salt = prompt.get("cache_salt", "")
+        else:
+            ids = prompt
+        if ids is None:
+            if not isinstance(text, str):
+                message = 'A prompt is a text, a list of token ids, or {"prompt": ...}.'
+                raise InvalidRequestError(message, "prompt")
+            if self._tokenizer is None:
+                message = "Without a tokenizer a prompt must be a list of token ids."
+                raise InvalidRequestError(message, "prompt")
+            ids = self._tokenizer.encode(text)
+        return text, list(ids), salt
+
+    def _run(
+        self,
+        engine: Engine,
+        generations: dict[str, tuple[Generation, RequestOutput]],
+        use_tqdm: bool,
+        on_text: OnText | None,
+    ) -> None:
+        """Steps the engine until every generation has ended."""
+        left = len(generations)
+        bar = tqdm(total=left, desc="Generating", unit="req", disable=not use_tqdm or left == 1)
+        tokens = 0
+        with bar:
+            while left:
+                for update in engine.step():
+                    generation, output = generations[update.request.request_id]
+                    if generation.output.finished():
+                        continue  # a stop string ended it; these are surplus tokens
+                    text = ""
+                    if update.token_id is not None:
+                        tokens += 1
+                        text = generation.append(update.token_id, update.logprobs)
+                    if generation.output.finished():
+                        engine.abort(update.request.request_id, FinishReason.STOP)
+                    elif update.finish_reason is not None:
+                        text += generation.finish(update.finish_reason)
+                    if on_text is not None and generation.output.index == 0:
+                        on_text(output, text)
+                    if generation.output.finished():
+                        left -= 1
+                        output.num_cached_tokens = update.request.num_cached_tokens
+                        output.finished = all(one.finished() for one in output.outputs)
+                        rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
+                        bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
+                        bar.update()
+
+
+def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list."""
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    items: list[Any] = list(prompts)
+    if items and isinstance(items[0], int):
+        return [items]
+    return items
+
+
+# --- composition --------------------------------------------------------------------------------
+
+
+def _find_model(config: EngineConfig) -> Path:
+    if config.model is None:
+        log.logger.info(
+            "no model given: loading the embedded demo model, a toy of 5 million parameters."
+        )
+        return demo.target_path()
+    return resolve_model(config.model, config.revision, config.download_dir)
+
+
+def _make_engine(
+    config: EngineConfig, checkpoint: Checkpoint, use_tqdm: bool
+) -> tuple[EngineConfig, MemoryPlan, Runner, Engine]:
+    """Loads the weights, sizes the cache and puts the engine together; compiles nothing yet."""
+    # Read by JAX when it first touches the GPU; later it has no effect.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
+    use_compilation_cache(config.compilation_cache_dir)
+    facts = DeviceFacts(jax.default_backend(), jax.local_device_count())
+    asked_for_len = config.max_model_len
+    config = config.resolve(facts, checkpoint.config.max_model_len)
+    model = decoder.for_tensor_parallel(checkpoint.config, config.tensor_parallel_size)
+    mesh = make_mesh(config.tensor_parallel_size)
+    dtype = _dtype(config.dtype, checkpoint.config.dtype, facts.platform)
+    tree = decoder.declare(model)
+    specs = model_params.partition_specs(tree, LOGICAL_TO_MESH, mesh.shape)
+    if config.load_format == "dummy":
+        params = model_params.random_params(tree, dtype, mesh, specs, config.seed)
+    else:
+        with _loading_bar(use_tqdm) as progress:
+            params = checkpoint.load(tree, specs, mesh, dtype, progress)
+    jax.block_until_ready(params)
+    memory, config = _fit(config, model, dtype, shorten=asked_for_len is None)
+    stats = Stats()
+    buckets = make_buckets(config, facts.platform)
+    runner = Runner(config, model, params, mesh, memory.num_pages, buckets, stats)
+    allocator = PageAllocator(memory.num_pages, config.block_size, config.enable_prefix_caching)
+    rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
+    assert rows is not None and tokens is not None and config.max_model_len is not None
+    engine = Engine(
+        Scheduler(allocator, rows, tokens, stats),
+        runner,
+        max_model_len=config.max_model_len,
+        vocab_size=model.vocab_size,
+        eos_token_ids=checkpoint.eos_token_ids,
+        dynamic_rope_len=model.dynamic_rope_len,
+        seed=config.seed,
+    )
+    return config, memory, runner, engine
+
+
+def _fit(
+    config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, shorten: bool
+) -> tuple[MemoryPlan, EngineConfig]:
+    """Sizes the cache; shortens max_model_len to what fits if the user left it to us."""
+    plan = plan_memory(config, model, dtype)
+    room = (plan.num_pages - 1) * config.block_size
+    if shorten and config.max_model_len is not None and 0 < room < config.max_model_len:
+        log.logger.info("max_model_len=%d, the most that fits: %s.", room, plan)
+        config = dataclasses.replace(config, max_model_len=room)
+    check_fits(plan, config)
+    return plan, config
+
+
+def _dtype(wanted: str, checkpoint: str, platform: str) -> jnp.dtype:
+    """The dtype of weights, activations and cache."""
+    name = DTYPES[wanted]
+    if name == "auto":
+        name = "float32" if platform == "cpu" else checkpoint
+    return jnp.dtype(name)
+
+
+@contextlib.contextmanager
+def _loading_bar(use_tqdm: bool) -> Iterator[Callable[[int, int], None]]:
+    with tqdm(
+        desc="Loading weights", unit="B", unit_scale=True, disable=not use_tqdm, leave=False
+    ) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
+
+
+def _warm_up(runner: Runner, memory: MemoryPlan, wait_for_all: bool, use_tqdm: bool) -> None:
+    hits_before = compile_events()["cache_hits"]
+    disable = not use_tqdm or not wait_for_all
+    with tqdm(desc="Compiling", unit="program", disable=disable, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            hits = compile_events()["cache_hits"] - hits_before
+            bar.set_postfix_str(f"{hits} from the cache", refresh=False)
+            bar.update(done - bar.n)
+
+        runner.warm_up(wait_for_all, progress)
+        if wait_for_all and runner.programs.temp_bytes > memory.activations:
+            log.logger.warning(
+                "the largest step needs %.2f GiB of scratch memory, more than the %.2f GiB set "
+                "aside; lower gpu_memory_utilization if it runs out of memory.",
+                runner.programs.temp_bytes / GIB,
+                memory.activations / GIB,
+            )

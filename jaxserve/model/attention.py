@@ -1,0 +1,72 @@
+"""Grouped-query attention over the paged KV cache."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxserve.distributed import reduce_sum
+from jaxserve.model import kv_cache, norms, rope
+from jaxserve.model.config import AttentionSpec
+from jaxserve.model.inputs import StepInputs
+from jaxserve.model.params import Param, Params, prefixed, under
+from jaxserve.quant import linear
+from pallas_kernels.paged_attention import paged_attention
+
+
+def declare(spec: AttentionSpec, hidden_size: int) -> dict[str, Param]:
+    """Weights. ``qkv`` groups, per KV head, its query heads, then its key, then its value:
+    [kv_heads, group + 2, head_size, hidden], so that splitting the first axis splits all three.
+    """
+    kv, size = spec.num_kv_heads, spec.head_size
+    group = spec.num_heads // kv
+    tree = {
+        "qkv": Param((kv, group + 2, size, hidden_size), ("kv_heads", None, None, None)),
+        "out": Param((hidden_size, kv, group * size), (None, "kv_heads", None)),
+    }
+    if spec.qkv_bias:
+        tree["qkv_bias"] = Param((kv, group + 2, size), ("kv_heads", None, None), "zeros")
+    if spec.out_bias:
+        tree["out_bias"] = Param((hidden_size,), (None,), "zeros")
+    if spec.qk_norm is not None:
+        tree |= prefixed("q_norm", norms.declare(spec.qk_norm, size))
+        tree |= prefixed("k_norm", norms.declare(spec.qk_norm, size))
+    return tree
+
+
+def apply(
+    spec: AttentionSpec,
+    params: Params,
+    x: jax.Array,
+    cache: kv_cache.LayerCache,
+    inputs: StepInputs,
+    cos_sin: rope.CosSin | None,
+) -> tuple[jax.Array, kv_cache.LayerCache]:
+    """Attends from x [T, hidden] to all earlier tokens of each request.
+
+    Returns:
+        The output [T, hidden] and the layer's cache with this step's keys and values written.
+    """
+    tokens = x.shape[0]
+    qkv = linear(x, params["qkv"])
+    if spec.qkv_bias:
+        qkv = qkv + params["qkv_bias"]
+    q = qkv[:, :, :-2].reshape(tokens, -1, spec.head_size)
+    k, v = qkv[:, :, -2], qkv[:, :, -1]
+    if spec.qk_norm is not None:
+        q = norms.apply(spec.qk_norm, under("q_norm", params), q)
+        k = norms.apply(spec.qk_norm, under("k_norm", params), k)
+    if cos_sin is not None:
+        q, k = rope.apply(q, cos_sin), rope.apply(k, cos_sin)
+    cache = kv_cache.write(cache, k, v, inputs.write_page, inputs.write_slot)
+    o = paged_attention(
+        q,
+        *cache,
+        inputs.page_table,
+        inputs.attention,
+        scale=spec.scale,
+        sliding_window=spec.sliding_window,
+    )
+    out = reduce_sum(linear(o.reshape(tokens, -1).astype(x.dtype), params["out"]))
+    if spec.out_bias:
+        out = out + params["out_bias"]
+    return out.astype(x.dtype), cache

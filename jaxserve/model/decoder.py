@@ -1,0 +1,139 @@
+"""The decoder: embedding, unrolled layers, final norm, logits of the sampled tokens only."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxserve.distributed import TENSOR, reduce_sum
+from jaxserve.errors import ConfigError
+from jaxserve.model import attention, ffn, norms, rope
+from jaxserve.model.config import LayerSpec, ModelConfig
+from jaxserve.model.inputs import StepInputs
+from jaxserve.model.kv_cache import KVCache, LayerCache
+from jaxserve.model.params import Param, Params, prefixed, under
+from jaxserve.quant import linear
+
+
+def declare(config: ModelConfig) -> dict[str, Param]:
+    """Every weight of the model by path, for example ``layers/0/attention/qkv``."""
+    hidden, width = config.hidden_size, config.embedding_size
+    tree = {"embed/tokens": Param((config.vocab_size, width), ("vocab", None))}
+    if config.learned_positions is not None:
+        table = config.learned_positions
+        tree["embed/positions"] = Param((table.count + table.offset, hidden), (None, None))
+    if width != hidden:
+        tree["embed/project_in"] = Param((hidden, width), (None, None))
+        tree["head/project_out"] = Param((width, hidden), (None, None))
+    for index, layer in enumerate(config.layers):
+        tree |= prefixed(f"layers/{index}", _declare_layer(layer, hidden))
+    if config.final_norm is not None:
+        tree |= prefixed("head/norm", norms.declare(config.final_norm, hidden))
+    if not config.tie_word_embeddings:
+        tree["head/tokens"] = Param((config.vocab_size, width), ("vocab", None))
+    return tree
+
+
+def _declare_layer(layer: LayerSpec, hidden: int) -> dict[str, Param]:
+    return (
+        prefixed("attention_norm", norms.declare(layer.norm, hidden))
+        | prefixed("attention", attention.declare(layer.attention, hidden))
+        | prefixed("ffn_norm", norms.declare(layer.norm, hidden))
+        | prefixed("ffn", ffn.declare(layer.ffn, hidden))
+    )
+
+
+def for_tensor_parallel(config: ModelConfig, size: int) -> ModelConfig:
+    """The config whose KV heads split evenly over ``size`` devices, repeated where too few.
+
+    Raises:
+        ConfigError: heads or feed-forward width don't divide.
+    """
+
+    def split(layer: LayerSpec) -> LayerSpec:
+        spec = layer.attention
+        kv = max(spec.num_kv_heads, size)
+        if spec.num_heads % size or kv % size or kv % spec.num_kv_heads or spec.num_heads % kv:
+            raise ConfigError(
+                f"tensor_parallel_size={size} doesn't divide {spec.num_heads} attention heads and "
+                f"{spec.num_kv_heads} KV heads; use a divisor of {spec.num_heads}."
+            )
+        if layer.ffn.intermediate_size % size:
+            raise ConfigError(
+                f"tensor_parallel_size={size} doesn't divide the feed-forward width "
+                f"{layer.ffn.intermediate_size}; use a divisor of it."
+            )
+        return dataclasses.replace(layer, attention=dataclasses.replace(spec, num_kv_heads=kv))
+
+    return dataclasses.replace(config, layers=tuple(split(layer) for layer in config.layers))
+
+
+def forward(
+    config: ModelConfig, params: Params, cache: KVCache, inputs: StepInputs
+) -> tuple[jax.Array, KVCache]:
+    """Runs one step. Under shard_map, arrays are one device's shards.
+
+    Returns:
+        float32 logits [L, vocab] (one device's part of the vocabulary where it is split) of the
+        tokens ``inputs.sample_index``, and the cache with this step's keys and values.
+    """
+    x = _embed(config, params, inputs)
+    tables = {
+        spec: rope.cos_sin(spec, inputs.positions, inputs.rope_lengths)
+        for spec in config.rope_specs
+    }
+    new_cache = []
+    for index, layer in enumerate(config.layers):
+        weights = under(f"layers/{index}", params)
+        cos_sin = tables[layer.attention.rope] if layer.attention.rope is not None else None
+        x, layer_cache = _layer(layer, weights, x, cache[index], inputs, cos_sin)
+        new_cache.append(layer_cache)
+    return _logits(config, params, x[inputs.sample_index]), tuple(new_cache)
+
+
+def _embed(config: ModelConfig, params: Params, inputs: StepInputs) -> jax.Array:
+    table = params["embed/tokens"]
+    ids = inputs.token_ids
+    if table.shape[0] < config.vocab_size:  # this device holds a part of the vocabulary
+        ids = ids - jax.lax.axis_index(TENSOR) * table.shape[0]
+        here = (ids >= 0) & (ids < table.shape[0])
+        x = reduce_sum(jnp.where(here[:, None], table[jnp.where(here, ids, 0)], 0))
+    else:
+        x = table[ids]
+    if "embed/project_in" in params:
+        x = linear(x, params["embed/project_in"])
+    if config.learned_positions is not None:
+        x = x + params["embed/positions"][inputs.positions + config.learned_positions.offset]
+    return x
+
+
+def _layer(
+    layer: LayerSpec,
+    weights: Params,
+    x: jax.Array,
+    cache: LayerCache,
+    inputs: StepInputs,
+    cos_sin: rope.CosSin | None,
+) -> tuple[jax.Array, LayerCache]:
+    def norm(which: str, h: jax.Array) -> jax.Array:
+        return norms.apply(layer.norm, under(which, weights), h)
+
+    pre = layer.norm_order == "pre"
+    h = norm("attention_norm", x) if pre else x
+    h, cache = attention.apply(
+        layer.attention, under("attention", weights), h, cache, inputs, cos_sin
+    )
+    x = x + h if pre else norm("attention_norm", x + h)
+    h = ffn.apply(layer.ffn, under("ffn", weights), norm("ffn_norm", x) if pre else x)
+    return (x + h if pre else norm("ffn_norm", x + h)), cache
+
+
+def _logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
+    if config.final_norm is not None:
+        x = norms.apply(config.final_norm, under("head/norm", params), x)
+    if "head/project_out" in params:
+        x = linear(x, params["head/project_out"])
+    table = params["embed/tokens" if config.tie_word_embeddings else "head/tokens"]
+    return linear(x, table, out_dtype=jnp.float32)

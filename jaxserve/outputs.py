@@ -1,0 +1,140 @@
+"""What a generation gives back, in vLLM's shapes, and how it grows token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from jaxserve.engine.request import FinishReason, Request, TokenLogprobs
+from jaxserve.engine.stop import StopStrings
+from jaxserve.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class Logprob:
+    """One token's log-probability at a position; rank 1 is the likeliest."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None
+
+
+@dataclass
+class CompletionOutput:
+    """One completion.
+
+    Attributes:
+        index: 0 to n - 1.
+        text: empty when nothing is detokenized.
+        token_ids: the output, an end token included.
+        cumulative_logprob: sum over the chosen tokens, if logprobs were asked for.
+        logprobs: per token {token id: Logprob}, the chosen one always among them.
+        finish_reason: "stop", "length", "abort" or "error"; None while it runs.
+        stop_reason: the stop string or stop token id that ended it; None for an end token.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    def finished(self) -> bool:
+        """Whether it has ended."""
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestOutput:
+    """All completions of one prompt.
+
+    Attributes:
+        request_id: the request's.
+        prompt: its text, if it came as text.
+        prompt_token_ids: its token ids.
+        outputs: n completions.
+        finished: whether all have ended.
+        num_cached_tokens: prompt tokens that the prefix cache spared.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool = False
+    num_cached_tokens: int | None = None
+
+
+class Generation:
+    """One completion as it grows: detokenizes, watches for stop strings, gathers log-probabilities.
+
+    Args:
+        request: the engine's.
+        index: among the prompt's completions.
+        tokenizer: None gives token ids only.
+        eos_token_ids: ends that give no ``stop_reason``.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        index: int,
+        tokenizer: Tokenizer | None,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        self.request = request
+        self.output = CompletionOutput(index)
+        self._eos = eos_token_ids
+        self._tokenizer = tokenizer
+        params = request.params
+        self._stream: TextStream | None = None
+        if tokenizer is not None and params.detokenize:
+            self._stream = tokenizer.stream(request.token_ids, params.skip_special_tokens)
+        self._stop = StopStrings(params.stop or (), params.include_stop_str_in_output)
+        if params.logprobs is not None:
+            self.output.logprobs, self.output.cumulative_logprob = [], 0.0
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None) -> str:
+        """Takes the next token; returns the text that it adds. A stop string ends the output."""
+        self.output.token_ids.append(token_id)
+        if logprobs is not None:
+            self._append_logprobs(logprobs)
+        if self._stream is None:
+            return ""
+        text = self._stop.feed(self._stream.feed(token_id))
+        if self._stop.matched is not None:
+            self.output.finish_reason = str(FinishReason.STOP)
+            self.output.stop_reason = self._stop.matched
+        self.output.text += text
+        return text
+
+    def finish(self, reason: FinishReason) -> str:
+        """Ends the output as the engine says, unless a stop string ended it already; returns the
+        text that was still held back."""
+        if self.output.finish_reason is not None:
+            return ""
+        text = ""
+        if self._stream is not None:
+            text = self._stop.feed(self._stream.flush()) + self._stop.flush()
+        self.output.text += text
+        self.output.finish_reason = str(reason)
+        stop = self.request.stop_reason
+        self.output.stop_reason = None if stop in self._eos else stop
+        return text
+
+    def _append_logprobs(self, logprobs: TokenLogprobs) -> None:
+        assert self.output.logprobs is not None and self.output.cumulative_logprob is not None
+        entries = dict(self._entries(logprobs))
+        self.output.logprobs.append(entries)
+        self.output.cumulative_logprob += logprobs.logprob
+
+    def _entries(self, logprobs: TokenLogprobs) -> Iterator[tuple[int, Logprob]]:
+        def show(token_id: int) -> str | None:
+            return None if self._tokenizer is None else self._tokenizer.token(token_id)
+
+        for rank, (token_id, logprob) in enumerate(logprobs.top, start=1):
+            yield token_id, Logprob(logprob, rank, show(token_id))
+        chosen = logprobs.token_id
+        yield chosen, Logprob(logprobs.logprob, logprobs.rank, show(chosen))

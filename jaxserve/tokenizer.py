@@ -1,0 +1,164 @@
+"""Text to token ids and back: encoding, chat templates, and decoding token by token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from jaxserve.errors import CheckpointError, InvalidRequestError
+
+REPLACEMENT = "\ufffd"
+"""What decoders give for bytes that are no whole character (yet)."""
+CONTEXT = 6
+"""Prompt tokens that a stream reads first, for decoders that treat a text's start specially."""
+MAX_CHARACTER_TOKENS = 4
+"""A UTF-8 character has at most four bytes, hence at most four byte tokens."""
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer; wraps the one of ``transformers``.
+
+    Args:
+        path: a directory or hub id.
+        revision: branch, tag or commit of a hub repository.
+        chat_template: Jinja text that replaces the tokenizer's own.
+    """
+
+    def __init__(
+        self, path: str, revision: str | None = None, chat_template: str | None = None
+    ) -> None:
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no torch is fine
+        from transformers import AutoTokenizer
+
+        try:
+            self.hf = AutoTokenizer.from_pretrained(path, revision=revision)
+        except Exception as error:
+            raise CheckpointError(
+                f"No tokenizer could be loaded from {path}: {error}. Pass tokenizer=..., or "
+                "skip_tokenizer_init=True to work with token ids."
+            ) from error
+        if chat_template is not None:
+            self.hf.chat_template = chat_template
+
+    def __len__(self) -> int:
+        return len(self.hf)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The token ids of a text."""
+        return self.hf.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of token ids."""
+        return self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+
+    def token(self, token_id: int) -> str:
+        """One token as text, for showing log-probabilities."""
+        return self.hf.decode([token_id], skip_special_tokens=False)
+
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
+        """The prompt text of a conversation.
+
+        Raises:
+            InvalidRequestError: there is no template, or it refuses the messages.
+        """
+        if not self.hf.chat_template:
+            raise InvalidRequestError(
+                "This tokenizer has no chat template. Pass chat_template=..., or use generate() "
+                "with a prompt of your own.",
+                "messages",
+            )
+        try:
+            return self.hf.apply_chat_template(list(messages), tokenize=False, **options)
+        except Exception as error:  # a template may raise anything, on purpose too
+            message = f"The chat template refused the messages: {error}"
+            raise InvalidRequestError(message, "messages") from error
+
+    def stream(self, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> TextStream:
+        """A decoder for the tokens that follow a prompt."""
+        fast = getattr(self.hf, "backend_tokenizer", None)
+        if fast is None:
+            return TextStream(self, prompt_ids, skip_special_tokens)
+        return FastTextStream(self, fast, prompt_ids, skip_special_tokens)
+
+
+class TextStream:
+    """Decodes tokens one by one; text comes out as soon as its characters are whole.
+
+    This one works with any tokenizer: it decodes a short window of tokens anew each time.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._context, held_back = _whole_characters(tokenizer, prompt_ids, skip_special_tokens)
+        self._pending = held_back
+
+    def feed(self, token_id: int) -> str:
+        """The text that a token completes; often a word, sometimes nothing."""
+        self._pending.append(token_id)
+        before = self._tokenizer.decode(self._context, self._skip)
+        after = self._tokenizer.decode(self._context + self._pending, self._skip)
+        if after.endswith(REPLACEMENT) and len(self._pending) < 2 * MAX_CHARACTER_TOKENS:
+            return ""
+        self._context, self._pending = (self._context + self._pending)[-CONTEXT:], []
+        return after[len(before) :]
+
+    def flush(self) -> str:
+        """What is left when the last token has come: pieces of characters, shown as U+FFFD."""
+        pending, self._pending = self._pending, []
+        return self._tokenizer.decode(pending, self._skip) if pending else ""
+
+
+class FastTextStream(TextStream):
+    """The same with the tokenizers library's own stream, at a microsecond per token."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        fast: Any,
+        prompt_ids: Sequence[int],
+        skip_special_tokens: bool,
+    ) -> None:
+        super().__init__(tokenizer, prompt_ids, skip_special_tokens)
+        self._fast = fast
+        self._stream = self._new_stream(self._context)
+        held_back, self._pending = self._pending, []
+        for token in held_back:
+            self.feed(token)
+
+    def feed(self, token_id: int) -> str:
+        self._pending.append(token_id)
+        try:
+            text = self._stream.step(self._fast, token_id)
+        except Exception:
+            # The library gives up on some byte sequences ("Invalid prefix encountered"): what is
+            # pending can't become a character any more.
+            self._stream = self._new_stream([])
+            return self.flush()
+        if not text:
+            return ""
+        self._pending.clear()
+        return text
+
+    def _new_stream(self, context: Sequence[int]) -> Any:
+        from tokenizers.decoders import DecodeStream
+
+        return DecodeStream(ids=list(context), skip_special_tokens=self._skip)
+
+
+def _whole_characters(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool
+) -> tuple[list[int], list[int]]:
+    """The prompt's last tokens as (whole characters, the rest of a character cut in two).
+
+    A stream that starts inside a character would give out prompt text once it is completed.
+    """
+    tail = list(prompt_ids[-(CONTEXT + MAX_CHARACTER_TOKENS) :])
+    for cut in range(min(MAX_CHARACTER_TOKENS, len(tail)) + 1):
+        whole = tail[: len(tail) - cut]
+        if not tokenizer.decode(whole, skip_special_tokens).endswith(REPLACEMENT):
+            return whole[-CONTEXT:], tail[len(tail) - cut :]
+    return tail[-CONTEXT:], []

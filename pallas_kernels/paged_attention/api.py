@@ -1,0 +1,63 @@
+"""The op's signature and the order of its implementations."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels import dispatch
+from pallas_kernels.paged_attention import reference, triton
+from pallas_kernels.paged_attention.batch import AttentionBatch
+
+IMPLEMENTATIONS = {
+    "triton": triton.paged_attention,
+    "reference": reference.paged_attention,
+}
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """softmax(scale * q k^T + causal mask) v for each lane of a ragged batch.
+
+    Args:
+        q: [T, heads, head_size].
+        k_pages, v_pages: [pages, kv_heads, page_size, head_size], holding this step's tokens too;
+            query head h reads KV head h // (heads / kv_heads).
+        page_table: int32 [rows, n], the pages of each row in order of position.
+        batch: the lanes and the plan.
+        scale: multiplies the scores.
+        sliding_window: a query sees this many tokens, itself included; None for all before it.
+        implementation: a name in ``IMPLEMENTATIONS``; None takes the first that can run.
+
+    Returns:
+        [T, heads, head_size] in q's dtype; places that no lane owns hold unspecified finite values.
+
+    Raises:
+        ValueError: shapes don't fit together.
+        ExceptionGroup: no implementation can run the case.
+    """
+    heads, head_size = q.shape[1:]
+    if k_pages.shape != v_pages.shape or k_pages.shape[3] != head_size:
+        raise ValueError(f"q {q.shape}, k {k_pages.shape} and v {v_pages.shape} don't fit together")
+    if heads % k_pages.shape[1]:
+        raise ValueError(f"{heads} heads are no multiple of {k_pages.shape[1]} KV heads")
+    return dispatch.call(
+        "paged_attention",
+        IMPLEMENTATIONS,
+        implementation,
+        q,
+        k_pages,
+        v_pages,
+        page_table,
+        batch,
+        scale=scale,
+        sliding_window=sliding_window,
+    )

@@ -1,0 +1,225 @@
+"""Every family computes transformers' logits from transformers' files."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from converters import families, open_checkpoint
+from converters.families import llama, mistral, opt, qwen2, qwen3
+from jaxserve.errors import CheckpointError, UnsupportedModelError
+from jaxserve.model.config import ModelConfig
+from tests.helpers.checkpoints import CASES, make_checkpoint, prompt, reference_logits
+from tests.helpers.dense import dense_logits
+from tests.helpers.loading import load
+
+TOLERANCE = 1e-4  # of the largest logit, in float32
+
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 128,
+    "rope_theta": 10000.0,
+}
+OPT = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "ffn_dim": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+
+
+def rope_config(rope: dict, **others) -> ModelConfig:
+    return llama.config({**LLAMA, "rope_scaling": rope, **others})
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits(tmp_path, case):
+    path = make_checkpoint(tmp_path, case)
+    expected = reference_logits(path, prompt(case))
+    checkpoint = open_checkpoint(path)
+    logits = dense_logits(checkpoint.config, load(checkpoint), prompt(case))
+    assert np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_config_json_round_trip(tmp_path, case):
+    config = open_checkpoint(make_checkpoint(tmp_path, case)).config
+    assert ModelConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size"])
+@pytest.mark.parametrize("value", [-1, 0, 2**40, 1e30, float("nan"), "x", True, [], None])
+def test_absurd_sizes_are_named(key, value):
+    with pytest.raises(CheckpointError, match=key):
+        llama.config({**LLAMA, key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; expected an integer from 1"),
+        ({"num_key_value_heads": 3}, "num_attention_heads=4 is no multiple of"),
+        ({"num_attention_heads": 3, "num_key_value_heads": 3}, "hidden_size=64 is no multiple"),
+        ({"num_hidden_layers": 10**6}, "num_hidden_layers"),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
+        ({"rms_norm_eps": -1e-6}, "rms_norm_eps"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps is '1e-6'; expected a number"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; expected true or false"),
+        ({"hidden_act": "xielu"}, "hidden_act='xielu' is not supported; supported are silu"),
+        ({"hidden_act": 3}, "hidden_act is 3; expected a string"),
+        ({"torch_dtype": "int8"}, "torch_dtype='int8' is not supported"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is set, but"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: type='longrope' is not supported"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected a JSON object"),
+        ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0; expected"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8.0}}, "low_freq_factor is missing"),
+        ({"rope_parameters": {"full_attention": {}, "rope_theta": 1e4}}, "per layer type"),
+        ({"rope_parameters": {"rope_theta": 0.5}}, "rope_parameters: rope_theta is 0.5"),
+        ({"head_dim": 5}, "even head size"),
+        ({"max_position_embeddings": 2**31}, "max_position_embeddings"),
+    ],
+)
+def test_config_errors_name_the_key(changes, message):
+    with pytest.raises(CheckpointError, match=message):
+        llama.config({**LLAMA, **changes})
+
+
+def test_remote_code_keys_are_ignored():
+    extra = {"auto_map": {"AutoModel": "evil.Model"}, "_attn_implementation_internal": "evil/x"}
+    assert families.find({**LLAMA, **extra}) is llama
+    assert llama.config({**LLAMA, **extra}) == llama.config(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("changes", "nearest"),
+    [
+        ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "'qwen3'"),
+        ({"model_type": "misstral", "architectures": None}, "'mistral'"),
+        ({"model_type": "../llama", "architectures": None}, "'llama'"),
+        ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForCausalLM'"),
+    ],
+)
+def test_unknown_architecture(changes, nearest):
+    with pytest.raises(UnsupportedModelError) as caught:
+        families.find({**LLAMA, **changes})
+    assert f"nearest supported name is {nearest}" in str(caught.value)
+    assert "add one file to converters/families/" in str(caught.value)
+
+
+def test_missing_model_type():
+    with pytest.raises(CheckpointError, match="model_type is missing; expected one of llama"):
+        families.find({})
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected_len"),
+    [
+        ({"type": "linear", "factor": 4.0}, 512),
+        ({"type": "dynamic", "factor": 2.0}, 256),
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
+        ({"rope_type": "yarn", "factor": 4.0}, 512),
+        ({"rope_type": "default"}, 128),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}, 128),
+    ],
+)
+def test_max_model_len(rope, expected_len):
+    assert rope_config(rope).max_model_len == expected_len
+
+
+def test_yarn_without_factor_uses_the_ratio_of_lengths():
+    rope = {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 32}
+    (spec,) = rope_config(rope).rope_specs
+    assert spec.scaling.factor == 4.0
+    assert spec.scaling.attention_factor == pytest.approx(0.1 * np.log(4.0) + 1)
+
+
+def test_mistral_window_default_differs_from_null():
+    assert mistral.config(LLAMA).layers[0].attention.sliding_window == 4096
+    null = mistral.config({**LLAMA, "sliding_window": None})
+    assert null.layers[0].attention.sliding_window is None
+    with pytest.raises(UnsupportedModelError, match="layer_types"):
+        mistral.config({**LLAMA, "layer_types": ["full_attention", "sliding_attention"]})
+
+
+@pytest.mark.parametrize("family", [qwen2, qwen3])
+def test_qwen_windows(family):
+    def windows(**changes) -> list[int | None]:
+        config = family.config({**LLAMA, "num_hidden_layers": 3, **changes})
+        return [layer.attention.sliding_window for layer in config.layers]
+
+    on = {"use_sliding_window": True, "sliding_window": 7}
+    assert windows() == [None] * 3
+    assert windows(sliding_window=7, max_window_layers=0) == [None] * 3
+    assert windows(**on, max_window_layers=2) == [None, None, 7]
+    mixed = ["sliding_attention", "full_attention", "full_attention"]
+    assert windows(**on, layer_types=mixed) == [7, None, None]
+    with pytest.raises(CheckpointError, match="use_sliding_window is off"):
+        windows(layer_types=mixed)
+    with pytest.raises(CheckpointError, match="one entry for each of 3 layers"):
+        windows(layer_types=mixed[:2])
+    with pytest.raises(UnsupportedModelError, match="linear_attention"):
+        windows(layer_types=["linear_attention"] * 3)
+
+
+def test_opt_norms():
+    assert opt.config(OPT).final_norm is not None
+    post = opt.config({**OPT, "do_layer_norm_before": False})
+    assert post.final_norm is None
+    assert post.layers[0].norm_order == "post"
+    with pytest.raises(UnsupportedModelError, match="layer_norm_elementwise_affine"):
+        opt.config({**OPT, "layer_norm_elementwise_affine": False})
+
+
+def test_opt_with_the_short_prefix(tmp_path):
+    """Early OPT files name tensors "decoder." where later ones have "model.decoder."."""
+    from safetensors.numpy import load_file, save_file
+
+    path = make_checkpoint(tmp_path, "opt-125m")
+    before = load(path)
+    tensors = load_file(path / "model.safetensors")
+    renamed = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(renamed, path / "model.safetensors")
+    after = load(path)
+    assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+def test_base_model_without_prefix(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = make_checkpoint(tmp_path, "llama-mha-tied")
+    tensors = load_file(path / "model.safetensors")
+    save_file({n.removeprefix("model."): t for n, t in tensors.items()}, path / "model.safetensors")
+    assert load(path)["layers/0/ffn/down"].shape == (48, 56)
+
+
+def test_eos_ids_and_sampling_defaults(tmp_path):
+    path = make_checkpoint(tmp_path, "llama-gqa")
+    generation = {
+        "eos_token_id": [7, 9, 10**6],
+        "temperature": 0.6,
+        "top_k": 20,
+        "top_p": 0.95,
+        "transformers_version": "5",
+    }
+    (path / "generation_config.json").write_text(json.dumps(generation))
+    checkpoint = open_checkpoint(path)
+    assert checkpoint.eos_token_ids == (7, 9, 2)
+    assert checkpoint.generation == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
+    (path / "generation_config.json").write_text('{"temperature": "hot"}')
+    with pytest.raises(CheckpointError, match="generation_config.json: temperature is 'hot'"):
+        open_checkpoint(path)

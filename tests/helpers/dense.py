@@ -1,0 +1,54 @@
+"""Runs the decoder over one whole prompt, with pages in a row: the model without the engine."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxserve.model import decoder, kv_cache
+from jaxserve.model.config import ModelConfig
+from jaxserve.model.inputs import StepInputs
+from jaxserve.model.params import Params
+from pallas_kernels.paged_attention import AttentionBatch, plan, plan_sizes
+
+PAGE_SIZE = 16
+
+
+def prompt_inputs(config: ModelConfig, token_ids: list[int]) -> StepInputs:
+    """One lane that holds the whole prompt and samples from every token."""
+    tokens = len(token_ids)
+    position = np.arange(tokens, dtype=np.int32)
+    group = max(s.attention.num_heads // s.attention.num_kv_heads for s in config.layers)
+    sizes = plan_sizes(1, tokens + 1, group, split=False)
+    length = np.array([tokens], np.int32)
+    batch = AttentionBatch(
+        row=jnp.zeros(1, jnp.int32),
+        query_start=jnp.zeros(1, jnp.int32),
+        query_len=jnp.asarray(length),
+        kv_len=jnp.asarray(length),
+        tile_tokens=sizes.tile_tokens,
+        **{name: jnp.asarray(array) for name, array in plan(length, length, sizes).items()},
+    )
+    pages = -(-tokens // PAGE_SIZE)
+    return StepInputs(
+        token_ids=jnp.asarray(token_ids, jnp.int32),
+        positions=jnp.asarray(position),
+        rope_lengths=jnp.full(tokens, tokens, jnp.int32),
+        write_page=jnp.asarray(1 + position // PAGE_SIZE),
+        write_slot=jnp.asarray(position % PAGE_SIZE),
+        sample_index=jnp.asarray(position),
+        page_table=1 + jnp.arange(pages, dtype=jnp.int32)[None],
+        attention=batch,
+    )
+
+
+def dense_logits(config: ModelConfig, params: Params, token_ids: list[int]) -> np.ndarray:
+    """float32 logits [T, vocab] after each token of the prompt, on one device."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("tensor",))
+    dtype = params["embed/tokens"].dtype
+    inputs = prompt_inputs(config, token_ids)
+    cache = kv_cache.allocate(config, inputs.page_table.shape[1] + 1, PAGE_SIZE, dtype, mesh)
+    logits, _ = decoder.forward(config, params, cache, inputs)
+    return np.asarray(logits)

@@ -1,0 +1,277 @@
+"""A runner without a model: the next token is a hash of the tokens read back from the pages.
+
+Any fault in paging, prefix sharing, preemption or scheduling changes the tokens, and ``naive`` says
+what they should have been. Nothing here is fast or clever: it is what the engine is compared with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import Counter, deque
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from jaxserve.engine.core import Engine
+from jaxserve.engine.page_allocator import PADDING_PAGE, PageAllocator
+from jaxserve.engine.request import Decision, Request, RequestUpdate, SampledToken, ScheduledRequest
+from jaxserve.engine.scheduler import Scheduler
+from jaxserve.engine.stats import Stats
+
+UNWRITTEN = -7
+"""What a slot or a row holds before anything was written to it."""
+
+
+def next_token(
+    token_ids: Sequence[int], vocab_size: int, seed: int | None, output_index: int
+) -> int:
+    """The "model": depends on every token and, unless greedy (seed None), on the draw's key."""
+    draw = () if seed is None else (seed, output_index)
+    text = f"{draw}".encode() + array("q", token_ids).tobytes()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") % vocab_size
+
+
+def naive(
+    prompt: Sequence[int],
+    max_tokens: int,
+    vocab_size: int,
+    seed: int | None = None,
+    stop_token_ids: Collection[int] = (),
+    min_tokens: int = 0,
+) -> list[int]:
+    """The output of a request that is alone in the world; seed None means greedy."""
+    output: list[int] = []
+    while len(output) < max_tokens:
+        output.append(next_token([*prompt, *output], vocab_size, seed, len(output)))
+        if output[-1] in stop_token_ids and len(output) >= min_tokens:
+            break
+    return output
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What is uploaded for one scheduled request: nothing in it changes after dispatch."""
+
+    row: int
+    new_row: bool
+    first_new_page: int
+    new_pages: tuple[int, ...]
+    start: int
+    token_ids: tuple[int, ...]
+    samples: bool
+    output_index: int
+    seed: int | None
+    fails: bool
+
+    @property
+    def end(self) -> int:
+        """The position after the last token."""
+        return self.start + len(self.token_ids)
+
+
+@dataclass(eq=False)
+class Step:
+    """The handle of a dispatched step."""
+
+    number: int
+    lanes: list[Lane]
+    sampled: list[SampledToken | None] | None = None
+
+
+class FakeRunner:
+    """A Runner that checks every decision and computes it late, in the order of dispatch.
+
+    Args:
+        num_pages, page_size, max_rows, vocab_size: of the pretended device and model.
+        max_step_tokens: most tokens in a step, if that is to be checked.
+        fail_rows: ids of requests whose logits are bad.
+    """
+
+    def __init__(
+        self,
+        num_pages: int,
+        page_size: int,
+        max_rows: int,
+        vocab_size: int,
+        max_step_tokens: int | None = None,
+        fail_rows: Collection[str] = (),
+    ) -> None:
+        self.page_size = page_size
+        self.max_rows = max_rows
+        self.vocab_size = vocab_size
+        self.max_step_tokens = max_step_tokens
+        self.fail_rows = set(fail_rows)
+        self.closed = False
+        self.num_sampled = 0
+        # The device's memory: only _execute touches it.
+        self._page_table = [[PADDING_PAGE] * num_pages for _ in range(max_rows)]
+        self._pool = [[UNWRITTEN] * page_size for _ in range(num_pages)]
+        self._last_token = [UNWRITTEN] * max_rows
+        # The stream: dispatched steps that were not computed yet.
+        self._stream: deque[Step] = deque()
+        self._num_dispatched = 0
+        self._num_collected = 0
+        # What the checks remember of each row and page.
+        self._holder: dict[int, tuple[Request, int]] = {}
+        self._pages: dict[int, list[int]] = {}
+        self._end: dict[int, int] = {}
+        self._writer = [0] * num_pages
+
+    def dispatch(self, decision: Decision) -> Step:
+        """Takes note of the step, and computes the ones before it."""
+        assert not self.closed
+        self._execute_until(self._num_dispatched)
+        self._num_dispatched += 1
+        self._check(decision)
+        step = Step(self._num_dispatched, [self._lane(item) for item in decision.scheduled])
+        self._stream.append(step)
+        return step
+
+    def collect(self, step: Step) -> list[SampledToken | None]:
+        """The tokens of the oldest step that was not collected yet."""
+        assert not self.closed
+        assert step.number == self._num_collected + 1, "collected twice or out of order"
+        self._execute_until(step.number)
+        self._num_collected = step.number
+        assert step.sampled is not None
+        return step.sampled
+
+    def close(self) -> None:
+        """Refuses all further work."""
+        assert not self.closed, "closed twice"
+        self.closed = True
+
+    # --- the device ---------------------------------------------------------------------------
+
+    def _execute_until(self, number: int) -> None:
+        while self._stream and self._stream[0].number <= number:
+            self._execute(self._stream.popleft())
+
+    def _execute(self, step: Step) -> None:
+        for lane in step.lanes:
+            table = self._page_table[lane.row]
+            if lane.new_row:
+                table[:] = [PADDING_PAGE] * len(table)
+            for column, page in enumerate(lane.new_pages, lane.first_new_page):
+                table[column] = page
+        for lane in step.lanes:
+            for position, token in enumerate(lane.token_ids, lane.start):
+                page, slot = self._place(lane.row, position)
+                self._pool[page][slot] = self._last_token[lane.row] if token == -1 else token
+        step.sampled = [self._sample(lane) if lane.samples else None for lane in step.lanes]
+
+    def _sample(self, lane: Lane) -> SampledToken:
+        places = [self._place(lane.row, position) for position in range(lane.end)]
+        sequence = [self._pool[page][slot] for page, slot in places]
+        token = next_token(sequence, self.vocab_size, lane.seed, lane.output_index)
+        self._last_token[lane.row] = token
+        self.num_sampled += 1
+        return SampledToken(-1 if lane.fails else token)
+
+    def _place(self, row: int, position: int) -> tuple[int, int]:
+        return self._page_table[row][position // self.page_size], position % self.page_size
+
+    # --- the host -----------------------------------------------------------------------------
+
+    def _lane(self, item: ScheduledRequest) -> Lane:
+        request = item.request
+        return Lane(
+            row=item.row,
+            new_row=item.new_row,
+            first_new_page=item.first_new_page,
+            new_pages=item.new_pages,
+            start=item.start,
+            token_ids=tuple(item.token_ids),
+            samples=item.samples,
+            output_index=item.output_index,
+            seed=None if request.params.greedy else request.seed,
+            fails=request.request_id in self.fail_rows,
+        )
+
+    def _check(self, decision: Decision) -> None:
+        scheduled = decision.scheduled
+        assert scheduled, "an empty step"
+        assert len({item.row for item in scheduled}) == len(scheduled), "a row twice"
+        assert len({item.request for item in scheduled}) == len(scheduled), "a request twice"
+        if self.max_step_tokens is not None:
+            assert decision.num_tokens <= self.max_step_tokens, "over the token budget"
+        for item in scheduled:
+            self._check_row(item)
+        live = [request for row, (request, _) in self._holder.items() if request.row == row]
+        owners = Counter(page for request in live for page in request.pages)
+        for item in scheduled:
+            self._check_pages(item, owners)
+
+    def _check_row(self, item: ScheduledRequest) -> None:
+        """A row belongs to one request from its new_row on, and its positions have no gap."""
+        request, row = item.request, item.row
+        assert 0 <= row < self.max_rows and request.row == row
+        if item.new_row:
+            previous = self._holder.get(row, (None, 0))[0]
+            assert previous is None or previous is request or previous.row != row, "row is taken"
+            self._holder[row] = request, item.num_preemptions
+            self._pages[row] = []
+            assert item.start % self.page_size == 0, "a hit on part of a page"
+        else:
+            assert self._holder[row] == (request, item.num_preemptions), "row has another request"
+            assert item.start == self._end[row], "a gap between steps"
+        self._end[row] = item.start + item.num_scheduled_tokens
+        assert item.num_scheduled_tokens > 0
+        assert len(item.token_ids) == item.num_scheduled_tokens
+        unknown = [at for at, token in enumerate(item.token_ids) if token == -1]
+        assert unknown in ([], [item.num_scheduled_tokens - 1]), "an unknown token before the last"
+        assert not (unknown and item.new_row), "the last token of a new row is unknown"
+
+    def _check_pages(self, item: ScheduledRequest, owners: Counter[int]) -> None:
+        """Tokens go to pages with one owner; what was computed before lies in finished pages."""
+        pages = self._pages[item.row]
+        assert len(pages) == item.first_new_page, "columns are skipped or written again"
+        pages += item.new_pages
+        assert pages == item.request.pages, "the row's page table is not the request's"
+        assert PADDING_PAGE not in pages
+        first, end = item.start, item.start + item.num_scheduled_tokens
+        assert end <= len(pages) * self.page_size, "tokens without a page"
+        for page in pages[first // self.page_size : (end - 1) // self.page_size + 1]:
+            assert owners[page] == 1, f"page {page} is written but has {owners[page]} owners"
+            self._writer[page] = self._num_dispatched
+        if item.new_row:
+            for page in pages[: first // self.page_size]:
+                assert 0 < self._writer[page] <= self._num_collected, "a hit before it is written"
+
+
+def fake_engine(
+    *,
+    num_pages: int = 64,
+    page_size: int = 4,
+    max_rows: int = 8,
+    max_step_tokens: int = 16,
+    max_model_len: int | None = None,
+    vocab_size: int = 100,
+    enable_prefix_caching: bool = True,
+    fail_rows: Collection[str] = (),
+    eos_token_ids: Sequence[int] = (),
+    seed: int = 0,
+) -> tuple[Engine, FakeRunner]:
+    """An engine on a fake runner; by default a sequence may fill the whole pool."""
+    allocator = PageAllocator(num_pages, page_size, enable_prefix_caching)
+    runner = FakeRunner(num_pages, page_size, max_rows, vocab_size, max_step_tokens, fail_rows)
+    engine = Engine(
+        Scheduler(allocator, max_rows, max_step_tokens, Stats()),
+        runner,
+        max_model_len=max_model_len or allocator.num_usable * page_size,
+        vocab_size=vocab_size,
+        eos_token_ids=eos_token_ids,
+        seed=seed,
+    )
+    return engine, runner
+
+
+def run_to_end(engine: Engine, max_steps: int = 10_000) -> list[RequestUpdate]:
+    """Steps until nothing is left, checking the books after each; all the news in order."""
+    updates: list[RequestUpdate] = []
+    for _ in range(max_steps):
+        if not engine.has_unfinished_requests:
+            return updates
+        updates += engine.step()
+        engine.scheduler.check_integrity()
+    raise AssertionError(f"requests are left after {max_steps} steps")
