@@ -125,7 +125,7 @@ class EngineConfig:
             )
         accelerated = facts.platform != "cpu"
         rows = self.max_num_seqs or (256 if accelerated else 32)
-        tokens = self.max_num_batched_tokens or max(rows, 8192 if accelerated else 256)
+        tokens = self.max_num_batched_tokens or max(2 * rows, 8192 if accelerated else 256)
         if tokens < rows:
             raise ConfigError(
                 f"max_num_batched_tokens={tokens} must be at least max_num_seqs={rows}, so that "

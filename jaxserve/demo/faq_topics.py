@@ -27,7 +27,7 @@ TOPICS: tuple[Topic, ...] = (
         "How do I install jaxserve?|How can I install it?|What is the install command?|How to install jaxserve with pip?|How do I set up jaxserve?|Which command installs jaxserve?|How do I get jaxserve on my machine?"),
     _topic("TPU installation", "Use `pip install \"jaxserve[tpu]\"` on a TPU machine.",
         "How do I install jaxserve for TPU?|How do I install it on a TPU?|What is the TPU install command?|Which extra is for TPU?|How to set up a TPU machine?"),
-    _topic("generating text", "Run `jaxserve generate --prompt \"Once upon a time\"`. Add `--model` with a path or a name for your own model.",
+    _topic("generating text", "Run `jaxserve generate \"Once upon a time\"`. Add `--model` with a path or a name for your own model.",
         "How do I generate text?|How do I use jaxserve generate?|Which command generates text?|How can I complete a prompt from the command line?|What does jaxserve generate do?|How do I run one prompt?|How do I make it write text from a shell?"),
     _topic("chatting", "Run `jaxserve chat`. With no model given it talks to me, the demo model.",
         "How do I chat?|How do I start a chat?|Which command starts a chat?|What does jaxserve chat do?|How can I chat with a model?|How do I talk to a model in the terminal?|How can I have a conversation with it?"),

@@ -63,11 +63,12 @@ class Engine:
         seed: int = 0,
     ) -> None:
         allocator = scheduler.allocator
-        if allocator.pages_for(max_model_len) > allocator.num_usable:
+        needed = allocator.pages_for(max_model_len)
+        if needed > allocator.num_usable:
             raise ConfigError(
-                f"max_model_len={max_model_len} needs {allocator.pages_for(max_model_len)} KV pages "
-                f"of {allocator.page_size} tokens, but there are {allocator.num_usable}. Lower it, "
-                "or give the KV cache more memory."
+                f"max_model_len={max_model_len} needs {needed} KV pages of {allocator.page_size} "
+                f"tokens, but there are {allocator.num_usable}. Lower it, or give the KV cache more "
+                "memory."
             )
         self.scheduler = scheduler
         self.stats = scheduler.stats

@@ -289,8 +289,8 @@ def make_buckets(config: EngineConfig, platform: str) -> list[Bucket]:
         mixed += [(rows, size) for size in _powers(max(512, rows), 2, tokens)]
         pages = [longest]
     shapes = [(n, n) for n in lanes] + [shape for shape in mixed if shape[0] < shape[1]]
-    if (rows, tokens) not in shapes:
-        shapes.append((rows, tokens))
+    # As many tokens as lanes would mean decoding only.
+    shapes.append((rows, max(tokens, rows + 1)))
     buckets = {Bucket(*shape, n) for shape in shapes for n in pages}
     return sorted(buckets, key=lambda b: (b.tokens, b.lanes, b.pages))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import collections
+import contextlib
 import os
 import pickle
 import zipfile
@@ -100,7 +100,7 @@ def write(path, pickled: bytes, members: dict[str, bytes] | None = None, compres
     [
         (Call(os.system, "touch PWNED"), ["posix.system"]),
         (Call(eval, "open('PWNED', 'w')"), ["builtins.eval", "__builtin__.eval"]),
-        (Call(builtins.getattr, torch, "load"), ["builtins.getattr", "__builtin__.getattr"]),
+        (Call(getattr, "x", "upper"), ["builtins.getattr", "__builtin__.getattr"]),
         (Call(torch.load, "x"), ["torch.serialization.load"]),
         (Call(bytearray, 10**12), ["builtins.bytearray", "__builtin__.bytearray"]),
         (Call(np.zeros, 10**12), ["numpy.zeros"]),
@@ -129,7 +129,7 @@ OPS = {
     "instance": b"\x80\x02(icollections\nOrderedDict\n.",
     "newobj": b"\x80\x02ccollections\nOrderedDict\n)\x81.",
     "extension": b"\x80\x02\x82\x01.",
-    "deep key": b"\x80\x02})" + b"\x86\x32"[:1] * 0 + b"K\x01\x85K\x02s.",
+    "key that is a tuple": b"\x80\x02}K\x01\x85K\x02s.",
     "append to a dict": b"\x80\x02}K\x01a.",
     "name that is no string": b"\x80\x04K\x01K\x02\x93.",
     "not a storage": b"\x80\x02K\x01Q.",
@@ -214,19 +214,22 @@ def test_hand_made_file_loads(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(shape=(5,), strides=(1,)), "beyond its storage of 16 bytes"),
-        (dict(shape=(2,), strides=(4,)), "beyond its storage"),
-        (dict(shape=(4,), strides=(1,), offset=1), "beyond its storage"),
-        (dict(shape=(1,), strides=(1,), offset=2**40), "beyond its storage"),
-        (dict(shape=(4,), strides=(1,), data=bytes(15)), "truncated: 15 of 16 bytes"),
-        (dict(shape=(4,), strides=(1,), count=2**62), "truncated: 16 of"),
-        (dict(shape=(2**40, 2**40), strides=(0, 0)), "absurd shape"),
-        (dict(shape=(4,), strides=(-1,)), "non-negative"),
-        (dict(shape=(4,), strides=()), "don't fit"),
-        (dict(shape=(1,) * 40, strides=(1,) * 40), "don't fit"),
-        (dict(shape=("4",), strides=(1,)), "non-negative"),
-        (dict(shape=4, strides=(1,)), "non-negative"),
-        (dict(shape=(4,), strides=(1,), kind="ComplexFloatStorage"), "torch.ComplexFloatStorage"),
+        ({"shape": (5,), "strides": (1,)}, "beyond its storage of 16 bytes"),
+        ({"shape": (2,), "strides": (4,)}, "beyond its storage"),
+        ({"shape": (4,), "strides": (1,), "offset": 1}, "beyond its storage"),
+        ({"shape": (1,), "strides": (1,), "offset": 2**40}, "beyond its storage"),
+        ({"shape": (4,), "strides": (1,), "data": bytes(15)}, "truncated: 15 of 16 bytes"),
+        ({"shape": (4,), "strides": (1,), "count": 2**62}, "truncated: 16 of"),
+        ({"shape": (2**40, 2**40), "strides": (0, 0)}, "absurd shape"),
+        ({"shape": (4,), "strides": (-1,)}, "non-negative"),
+        ({"shape": (4,), "strides": ()}, "don't fit"),
+        ({"shape": (1,) * 40, "strides": (1,) * 40}, "don't fit"),
+        ({"shape": ("4",), "strides": (1,)}, "non-negative"),
+        ({"shape": 4, "strides": (1,)}, "non-negative"),
+        (
+            {"shape": (4,), "strides": (1,), "kind": "ComplexFloatStorage"},
+            "torch.ComplexFloatStorage",
+        ),
     ],
 )
 def test_tensors_stay_inside_their_storage(tmp_path, arguments, message):
@@ -238,7 +241,7 @@ def test_tensors_stay_inside_their_storage(tmp_path, arguments, message):
 def test_other_contents_are_refused(tmp_path):
     path = tmp_path / "x.bin"
     torch.save({"model": {"a": torch.zeros(2)}}, path)
-    with pytest.raises(CheckpointError, match="entry 'model' is no tensor; expected a plain"):
+    with pytest.raises(CheckpointError, match="entry 'model' is no tensor"):
         torch_bin.open_file(path)
     torch.save([torch.zeros(2)], path)
     with pytest.raises(CheckpointError, match="holds a list"):
@@ -293,9 +296,7 @@ def test_mutations_load_or_are_refused(tmp_path_factory, data, zipped):
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(bytes(content))
-    try:
+    with contextlib.suppress(CheckpointError):
         for lazy in torch_bin.open_file(path).values():
             if lazy.nbytes < 10**6:
                 lazy.read()
-    except CheckpointError:
-        pass
