@@ -130,3 +130,9 @@ def preview(names: list[str], limit: int = 5) -> str:
     shown = [name if len(name) <= 100 else name[:100] + "..." for name in names[:limit]]
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(shown) + more
+
+
+def first_line(error: Exception) -> str:
+    """What another library's exception says, short enough for the middle of a message."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:300].rstrip(".")

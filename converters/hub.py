@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from converters.files import first_line
 from jaxserve.errors import CheckpointError, ConfigError
 
 # What a model needs first, then, only where there are no safetensors, the older weights.
@@ -34,7 +35,7 @@ def resolve_model(
         ConfigError: ModelScope is wanted but not installed.
     """
     path = Path(name_or_path).expanduser()
-    if path.is_dir():
+    if name_or_path and path.is_dir():  # Path("") is the current directory
         return path
     if path.is_file():
         raise CheckpointError(f"{path} is a file; give the directory that holds the model.")
@@ -49,7 +50,9 @@ def resolve_model(
         for key in ("JAXSERVE_USE_MODELSCOPE", "VLLM_USE_MODELSCOPE")
     )
     snapshot = _modelscope() if use_modelscope else _hugging_face()
-    options = {"revision": revision, "cache_dir": str(download_dir) if download_dir else None}
+    options = {"revision": revision} if revision else {}  # the hubs' default branches differ
+    if download_dir:
+        options["cache_dir"] = str(download_dir)
     place = "ModelScope" if use_modelscope else "the Hugging Face hub"
 
     def download(allow: list[str], ignore: list[str]) -> Path:
@@ -58,10 +61,10 @@ def resolve_model(
                 snapshot(name_or_path, allow_patterns=allow, ignore_patterns=ignore, **options)
             )
         except Exception as error:  # network, permission, disk, unknown name: many libraries' own
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            reason = first_line(error)
             raise CheckpointError(
                 f"{name_or_path!r} is no local directory, and downloading it from {place} failed: "
-                f"{reason[:300]} Check the name and the network; a gated model needs HF_TOKEN."
+                f"{reason}. Check the name and the network; a gated model needs HF_TOKEN."
             ) from error
 
     directory = download(_FILES, _OTHERS)

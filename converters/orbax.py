@@ -25,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from converters.checkpoint import Checkpoint, Progress, check_same_paths
 from converters.fields import Fields
-from converters.files import preview, read_json, regular_file, required_file
+from converters.files import first_line, preview, read_json, regular_file, required_file
 from jaxserve.errors import CheckpointError, ConfigError
 from jaxserve.model import decoder
 from jaxserve.model.config import ModelConfig
@@ -193,9 +193,9 @@ class OrbaxCheckpoint(Checkpoint):
                 )
 
     def _damaged(self, error: Exception) -> CheckpointError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         return CheckpointError(
-            f"{self.path / 'params'} can't be restored: {reason[:300]} Convert the model again."
+            f"{self.path / 'params'} can't be restored: {first_line(error)}. "
+            "Convert the model again."
         )
 
 
@@ -224,4 +224,4 @@ def _repeat_kv_heads(
         q = x[:, :-2].reshape(target.shape[0], -1, *target.shape[2:])
         return jnp.concatenate([q, jnp.repeat(x[:, -2:], times, 0)], 1)
 
-    return jax.jit(repeat, out_shardings=sharding, donate_argnums=0)(array)
+    return jax.jit(repeat, out_shardings=sharding)(array)

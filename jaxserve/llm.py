@@ -187,10 +187,7 @@ class LLM:
         """SamplingParams with the defaults of the model's generation_config.json."""
         fields = {field.name for field in dataclasses.fields(SamplingParams)}
         given = self._checkpoint.generation
-        known = {name: value for name, value in given.items() if name in fields}
-        if given.get("do_sample") is False:
-            known["temperature"] = 0.0
-        return SamplingParams(**known)
+        return SamplingParams(**{name: given[name] for name in fields & given.keys()})
 
     @property
     def stats(self) -> Stats:

@@ -43,21 +43,19 @@ class Bucket:
     Attributes:
         lanes: most requests in the step.
         tokens: most tokens; equal to ``lanes`` in a bucket for decoding only.
-        pages: most pages that a request in it may have.
     """
 
     lanes: int
     tokens: int
-    pages: int
 
     @property
     def decode_only(self) -> bool:
         """Whether each lane has at most one token."""
         return self.tokens == self.lanes
 
-    def fits(self, lanes: int, tokens: int, pages: int) -> bool:
+    def fits(self, lanes: int, tokens: int) -> bool:
         """Whether a step of this size fits (one token a lane if ``tokens == lanes``)."""
-        enough = lanes <= self.lanes and tokens <= self.tokens and pages <= self.pages
+        enough = lanes <= self.lanes and tokens <= self.tokens
         return enough and (tokens == lanes or not self.decode_only)
 
 
@@ -244,7 +242,6 @@ def unpack_inputs(
     unknown = fields["token_ids"] < 0  # chosen by the step before: only the device knows it yet
     token_ids = jnp.where(unknown, last_token[row], fields["token_ids"])
     page = page_table[row, position // layout.page_size]
-    visible_pages = page_table[:, : layout.bucket.pages]
     names = AttentionBatch.__dataclass_fields__.keys() & fields.keys()
     inputs = StepInputs(
         token_ids=token_ids,
@@ -253,7 +250,7 @@ def unpack_inputs(
         write_page=jnp.where(real, page, PADDING_PAGE),
         write_slot=position % layout.page_size,
         sample_index=jnp.maximum(fields["query_start"] + fields["query_len"] - 1, 0),
-        page_table=visible_pages,
+        page_table=page_table,
         attention=AttentionBatch(
             **{name: fields[name] for name in names}, tile_tokens=layout.plan.tile_tokens
         ),

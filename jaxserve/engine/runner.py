@@ -68,7 +68,6 @@ class Runner:
     ) -> None:
         self._model, self._mesh, self._stats = model, mesh, stats
         self._rows = config.max_num_seqs
-        self._table_width = max(bucket.pages for bucket in buckets)
         self._page_size = config.block_size
         self._specs = {path: array.sharding.spec for path, array in params.items()}
         self._params: Params | None = params
@@ -84,7 +83,8 @@ class Runner:
         self._logits_spec = PartitionSpec(None, TENSOR if vocab_split else None)
         dtype = params["embed/tokens"].dtype
         self._cache = kv_cache.allocate(model, num_pages, self._page_size, dtype, mesh)
-        self._table = jnp.zeros((self._rows, self._table_width), jnp.int32, device=self._replicated)
+        longest = -(-config.max_model_len // config.block_size)
+        self._table = jnp.zeros((self._rows, longest), jnp.int32, device=self._replicated)
         self._state = SamplerState(
             last_token=jnp.zeros(self._rows, jnp.int32, device=self._replicated),
             counts=jnp.zeros(
@@ -111,9 +111,8 @@ class Runner:
         """Starts a step on the devices without waiting for it."""
         scheduled = decision.scheduled
         num_tokens = decision.num_tokens
-        most_pages = max(len(item.request.pages) for item in scheduled)
         variant = _variant(scheduled)
-        bucket = self._choose(len(scheduled), num_tokens, most_pages, variant)
+        bucket = self._choose(len(scheduled), num_tokens, variant)
         layout = self._layouts[bucket]
         updates = batch.table_updates(decision)
         while len(updates) > layout.num_table_updates:
@@ -159,9 +158,9 @@ class Runner:
 
     # --- dispatching --------------------------------------------------------------------------
 
-    def _choose(self, lanes: int, tokens: int, pages: int, variant: Variant) -> Bucket:
+    def _choose(self, lanes: int, tokens: int, variant: Variant) -> Bucket:
         """The smallest bucket that fits, among those that are compiled if there is one."""
-        fitting = [bucket for bucket in self._layouts if bucket.fits(lanes, tokens, pages)]
+        fitting = [bucket for bucket in self._layouts if bucket.fits(lanes, tokens)]
         for bucket in fitting:
             keys = ("forward", bucket), ("sample", bucket.lanes, variant)
             if all(self.programs.ready(key) for key in keys):
@@ -272,27 +271,18 @@ class Runner:
 
 
 def make_buckets(config: EngineConfig, platform: str) -> list[Bucket]:
-    """The step shapes to compile for a resolved config, smallest first.
-
-    A GPU's attention kernels read just the pages that exist, so there every bucket takes the
-    longest sequences; the CPU's gathers all pages of a bucket, so it has narrow ones too.
-    """
+    """The step shapes to compile for a resolved config, smallest first."""
     rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
-    longest = -(-config.max_model_len // config.block_size)
     if platform == "cpu":
-        lanes = _powers(1, 4, rows)
+        shapes = [(lanes, lanes) for lanes in _powers(1, 4, rows)]
         mixed = [(min(8, rows), min(64, tokens)), (rows, tokens)]
-        pages = _powers(256 // config.block_size, 8, longest)
     else:
-        lanes = _powers(8, 2, rows)
+        shapes = [(lanes, lanes) for lanes in _powers(8, 2, rows)]
         mixed = [(min(8, rows), size) for size in (128, 512) if size < tokens]
-        mixed += [(rows, size) for size in _powers(max(512, rows), 2, tokens)]
-        pages = [longest]
-    shapes = [(n, n) for n in lanes] + [shape for shape in mixed if shape[0] < shape[1]]
+        mixed += [(rows, size) for size in _powers(max(512, 2 * rows), 2, tokens)]
     # As many tokens as lanes would mean decoding only.
-    shapes.append((rows, max(tokens, rows + 1)))
-    buckets = {Bucket(*shape, n) for shape in shapes for n in pages}
-    return sorted(buckets, key=lambda b: (b.tokens, b.lanes, b.pages))
+    shapes += [(lanes, max(size, lanes + 1)) for lanes, size in mixed]
+    return sorted({Bucket(*shape) for shape in shapes}, key=lambda b: (b.tokens, b.lanes))
 
 
 def _powers(start: int, factor: int, last: int) -> list[int]:

@@ -66,7 +66,8 @@ def apply(
         scale=spec.scale,
         sliding_window=spec.sliding_window,
     )
-    out = reduce_sum(linear(o.reshape(tokens, -1).astype(x.dtype), params["out"]))
+    o = o.reshape(tokens, *params["out"].shape[1:])
+    out = reduce_sum(linear(o, params["out"]))
     if spec.out_bias:
         out = out + params["out_bias"]
-    return out.astype(x.dtype), cache
+    return out, cache

@@ -9,25 +9,29 @@ import jax.numpy as jnp
 
 
 def linear(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
-    """Multiplies x [T, K] by a weight stored as [outputs..., inputs...], summed in float32.
+    """Multiplies x [T, inputs...] by a weight [outputs..., inputs...], summed in float32.
 
     Args:
-        x: [T, K].
-        w: its trailing dimensions, multiplied together, are K; the leading ones are the outputs.
+        x: [T, inputs...], one or more input axes.
+        w: its trailing axes are x's input axes.
         out_dtype: dtype of the result; x's by default.
 
     Returns:
         [T, outputs...].
+
+    Raises:
+        ValueError: the input axes differ.
     """
-    axis, size = w.ndim, 1
-    while size < x.shape[1]:
-        axis -= 1
-        size *= w.shape[axis]
-    if size != x.shape[1]:
+    inputs = x.shape[1:]
+    outputs = w.shape[: w.ndim - len(inputs)]
+    if w.shape[len(outputs) :] != inputs:
         raise ValueError(f"x {x.shape} doesn't fit the weight {w.shape}")
-    outputs = w.shape[:axis]
-    matrix = w.reshape(math.prod(outputs), size)
+    # Two dimensions are what matrix-product kernels are tuned for.
+    size = math.prod(inputs)
     y = jax.lax.dot_general(
-        x, matrix, (((1,), (1,)), ((), ())), preferred_element_type=out_dtype or x.dtype
+        x.reshape(-1, size),
+        w.reshape(-1, size),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=out_dtype or x.dtype,
     )
     return y.reshape(x.shape[0], *outputs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import numpy as np
@@ -97,6 +98,25 @@ def test_absurd_sizes_are_named(key, value):
 def test_config_errors_name_the_key(changes, message):
     with pytest.raises(CheckpointError, match=message):
         llama.config({**LLAMA, **changes})
+
+
+NASTY = [-1, 0, 1, 2**31, 1e30, float("nan"), float("inf"), "x", True, None, [], {}, [[]], {"a": 1}]
+
+
+@pytest.mark.parametrize("family", [llama, mistral, qwen2, qwen3, opt])
+def test_nasty_values_never_crash(family):
+    rope = {"rope_type": "yarn", "factor": 2.0, "beta_fast": 32, "mscale": 1.0, "truncate": True}
+    sound = {**LLAMA, **OPT, "rope_parameters": rope, "layer_types": None, "sliding_window": 4}
+    sound |= {"use_sliding_window": True, "head_dim": 16, "eos_token_id": 2, "enable_bias": True}
+    family.config(sound)
+    changed = [{**sound, key: value} for key in sound for value in NASTY]
+    for kind in ("linear", "dynamic", "yarn", "llama3"):
+        for key in (*rope, "rope_theta", "original_max_position_embeddings", "attention_factor"):
+            for value in NASTY:
+                changed.append({**sound, "rope_parameters": {**rope, "type": kind, key: value}})
+    for hf in changed:
+        with contextlib.suppress(CheckpointError):
+            assert isinstance(family.config(hf), ModelConfig)
 
 
 def test_remote_code_keys_are_ignored():
@@ -221,5 +241,5 @@ def test_eos_ids_and_sampling_defaults(tmp_path):
     assert checkpoint.eos_token_ids == (7, 9, 2)
     assert checkpoint.generation == {"temperature": 0.6, "top_k": 20, "top_p": 0.95}
     (path / "generation_config.json").write_text('{"temperature": "hot"}')
-    with pytest.raises(CheckpointError, match="generation_config.json: temperature is 'hot'"):
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: temperature is 'hot'"):
         open_checkpoint(path)

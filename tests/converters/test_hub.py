@@ -65,8 +65,8 @@ def test_orbax_weights_are_downloaded(tmp_path, hub):
     "name", ["", "/no/such/dir", "./model", "~/model", "a/b/c", "a/../b", "a b", "a//b", "-x/y"]
 )
 def test_implausible_names(name, hub):
-    with pytest.raises(CheckpointError, match="neither a directory nor a model name|is a file"):
-        resolve_model(name or " ")
+    with pytest.raises(CheckpointError, match="neither a directory nor a model name"):
+        resolve_model(name)
     assert not hub.calls
 
 
@@ -83,7 +83,7 @@ def test_a_failed_download(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
     with pytest.raises(CheckpointError) as caught:
         resolve_model("a/b")
-    assert "Hugging Face hub failed: no route to host Check the name" in str(caught.value)
+    assert "Hugging Face hub failed: no route to host. Check the name" in str(caught.value)
     assert "more lines" not in str(caught.value)
 
 

@@ -19,6 +19,20 @@ from jaxserve.errors import CheckpointError
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.loading import load
 
+TORCH_DTYPES = (
+    torch.float64,
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.float8_e4m3fn,
+    torch.float8_e5m2,
+    torch.int64,
+    torch.int32,
+    torch.int16,
+    torch.int8,
+    torch.uint8,
+    torch.bool,
+)
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
 
@@ -33,28 +47,12 @@ def read(tmp_path, content: bytes) -> dict[str, np.ndarray]:
     return {name: tensor.read() for name, tensor in safetensors.open_file(path).items()}
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        "float64",
-        "float32",
-        "float16",
-        "bfloat16",
-        "int64",
-        "int32",
-        "int16",
-        "int8",
-        "uint8",
-        "bool",
-        "float8_e4m3fn",
-        "float8_e5m2",
-    ],
-)
+@pytest.mark.parametrize("dtype", TORCH_DTYPES, ids=str)
 def test_every_dtype(tmp_path, dtype):
     tensors = {
-        "matrix": torch.arange(12).reshape(3, 4).to(getattr(torch, dtype)),
-        "scalar": torch.tensor(1).to(getattr(torch, dtype)),
-        "empty": torch.zeros(0, 3).to(getattr(torch, dtype)),
+        "matrix": torch.arange(12).reshape(3, 4).to(dtype),
+        "scalar": torch.tensor(1).to(dtype),
+        "empty": torch.zeros(0, 3).to(dtype),
     }
     save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
     got = safetensors.open_file(tmp_path / "x.safetensors")
@@ -62,7 +60,7 @@ def test_every_dtype(tmp_path, dtype):
     for name, tensor in tensors.items():
         array = got[name].read()
         assert array.shape == tuple(tensor.shape)
-        assert str(array.dtype) == dtype
+        assert f"torch.{array.dtype}" == str(dtype)
         assert array.tobytes() == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 

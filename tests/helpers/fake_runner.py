@@ -1,13 +1,14 @@
-"""A runner without a model: the next token is a hash of the tokens read back from the pages.
+"""A runner without a model: the next token is a hash of what is read back from the pages.
 
-Any fault in paging, prefix sharing, preemption or scheduling changes the tokens, and ``naive`` says
-what they should have been. Nothing here is fast or clever: it is what the engine is compared with.
+A slot holds a hash of its token and of the slot before, as a real key depends on all tokens before
+it. So any fault in paging, prefix sharing, preemption or scheduling changes the tokens, and
+``naive`` says what they should have been. Nothing here is fast or clever: it is what the engine is
+compared with.
 """
 
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -22,13 +23,20 @@ UNWRITTEN = -7
 """What a slot or a row holds before anything was written to it."""
 
 
-def next_token(
-    token_ids: Sequence[int], vocab_size: int, seed: int | None, output_index: int
-) -> int:
-    """The "model": depends on every token and, unless greedy (seed None), on the draw's key."""
+def hash_of(*numbers: int) -> int:
+    """A number of 63 bits."""
+    return int.from_bytes(hashlib.blake2b(f"{numbers}".encode(), digest_size=8).digest()) >> 1
+
+
+def key_of(token: int, keys_before: Sequence[int]) -> int:
+    """What a token leaves in its slot."""
+    return hash_of(token, *keys_before[-1:])
+
+
+def next_token(keys: Sequence[int], vocab_size: int, seed: int | None, output_index: int) -> int:
+    """The "model": depends on every slot and, unless greedy (seed None), on which draw it is."""
     draw = () if seed is None else (seed, output_index)
-    text = f"{draw}".encode() + array("q", token_ids).tobytes()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") % vocab_size
+    return hash_of(*keys, *draw) % vocab_size
 
 
 def naive(
@@ -41,8 +49,12 @@ def naive(
 ) -> list[int]:
     """The output of a request that is alone in the world; seed None means greedy."""
     output: list[int] = []
+    keys: list[int] = []
+    for token in prompt:
+        keys.append(key_of(token, keys))
     while len(output) < max_tokens:
-        output.append(next_token([*prompt, *output], vocab_size, seed, len(output)))
+        output.append(next_token(keys, vocab_size, seed, len(output)))
+        keys.append(key_of(output[-1], keys))
         if output[-1] in stop_token_ids and len(output) >= min_tokens:
             break
     return output
@@ -156,17 +168,22 @@ class FakeRunner:
                 table[column] = page
         for lane in step.lanes:
             for position, token in enumerate(lane.token_ids, lane.start):
+                known = self._last_token[lane.row] if token == -1 else token
                 page, slot = self._place(lane.row, position)
-                self._pool[page][slot] = self._last_token[lane.row] if token == -1 else token
+                before = self._read(lane.row, max(position - 1, 0), position)
+                self._pool[page][slot] = key_of(known, before)
         step.sampled = [self._sample(lane) if lane.samples else None for lane in step.lanes]
 
     def _sample(self, lane: Lane) -> SampledToken:
-        places = [self._place(lane.row, position) for position in range(lane.end)]
-        sequence = [self._pool[page][slot] for page, slot in places]
-        token = next_token(sequence, self.vocab_size, lane.seed, lane.output_index)
+        keys = self._read(lane.row, 0, lane.end)
+        token = next_token(keys, self.vocab_size, lane.seed, lane.output_index)
         self._last_token[lane.row] = token
         self.num_sampled += 1
         return SampledToken(-1 if lane.fails else token)
+
+    def _read(self, row: int, start: int, end: int) -> list[int]:
+        places = [self._place(row, position) for position in range(start, end)]
+        return [self._pool[page][slot] for page, slot in places]
 
     def _place(self, row: int, position: int) -> tuple[int, int]:
         return self._page_table[row][position // self.page_size], position % self.page_size

@@ -150,7 +150,7 @@ class AllocatorMachine(RuleBasedStateMachine):
 
 
 TestAllocatorMachine = AllocatorMachine.TestCase
-TestAllocatorMachine.settings = settings(max_examples=150, stateful_step_count=30)
+TestAllocatorMachine.settings = settings(max_examples=300, stateful_step_count=30)
 
 
 def test_the_hash_of_a_page_covers_its_whole_prefix_and_the_salt() -> None:
@@ -181,6 +181,13 @@ def test_a_cached_page_is_found_until_it_is_handed_out_again() -> None:
     allocator.allocate(1)
     assert allocator.match(hashes) == pages[:1], "the end of a prefix is given up first"
     allocator.allocate(1)
+    assert allocator.match(hashes) == []
+
+
+def test_a_page_is_no_hit_when_one_before_it_is_missing() -> None:
+    allocator = PageAllocator(3, 1, enable_prefix_caching=True)
+    hashes = hashes_of([7, 8], 1)
+    allocator.register(allocator.allocate(2)[1], hashes[1])
     assert allocator.match(hashes) == []
 
 
