@@ -67,7 +67,7 @@ class Engine:
         if needed > allocator.num_usable:
             raise ConfigError(
                 f"max_model_len={max_model_len} needs {needed} KV pages of {allocator.page_size} "
-                f"tokens, but there are {allocator.num_usable}. Lower it, or give the KV cache more "
+                f"tokens, but there are {allocator.num_usable}. Lower it, or give the cache more "
                 "memory."
             )
         self.scheduler = scheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -109,6 +110,7 @@ def _embed(config: ModelConfig, params: Params, inputs: StepInputs) -> jax.Array
     return x
 
 
+@functools.partial(jax.jit, static_argnums=0)  # layers alike are traced and lowered once
 def _layer(
     layer: LayerSpec,
     weights: Params,
