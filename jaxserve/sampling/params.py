@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,12 @@ MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 16
 GREEDY_TEMPERATURE = 1e-5
 MIN_TEMPERATURE = 1e-2
+MIN_REPETITION_PENALTY = 1e-2
+FLOAT32_MAX = 3.4028234e38
+FLAGS = (
+    *("ignore_eos", "detokenize", "skip_special_tokens"),
+    *("spaces_between_special_tokens", "include_stop_str_in_output"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,12 +29,12 @@ class SamplingParams:
 
     Attributes:
         n: completions per prompt, 1 to 128; completion i uses ``seed + i`` when a seed is set.
-        temperature: 0 (greedy) to 2; values in (0, 0.01) are raised to 0.01.
+        temperature: 0 to 2; below 0.00001 it means greedy, from there to 0.01 it is raised to 0.01.
         top_p: keep the smallest set of tokens whose probability reaches this, in (0, 1].
         top_k: keep the k likeliest tokens; 0 or -1 keeps all.
         min_p: keep tokens at least this fraction as likely as the likeliest, in [0, 1].
-        repetition_penalty: > 0; divides positive and multiplies negative logits of tokens that
-            stand in the prompt or the output (Keskar et al. 2019, arXiv:1909.05858).
+        repetition_penalty: at least 0.01; divides positive and multiplies negative logits of
+            tokens that stand in the prompt or the output (Keskar et al. 2019, arXiv:1909.05858).
         presence_penalty: -2 to 2; subtracted once from the logit of every token in the output.
         frequency_penalty: -2 to 2; subtracted for each occurrence of a token in the output.
         seed: makes the request's tokens reproducible whatever else is in the batch.
@@ -42,6 +47,8 @@ class SamplingParams:
             one), taken before temperature and penalties.
         detokenize: make text; False returns token ids only.
         skip_special_tokens: leave special tokens out of the text.
+        spaces_between_special_tokens: accepted for compatibility; it matters to slow tokenizers
+            only, and the fast ones used here ignore it.
         include_stop_str_in_output: keep the stop string at the text's end.
 
     Raises:
@@ -72,6 +79,9 @@ class SamplingParams:
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         for name in ("n", "top_k", "min_tokens"):
             _check_int(name, getattr(self, name))
+        for name in FLAGS:
+            if not isinstance(getattr(self, name), bool):
+                raise _error(name, getattr(self, name), "must be True or False")
         for name in ("seed", "max_tokens", "logprobs"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name))
@@ -87,8 +97,9 @@ class SamplingParams:
         _check_range("min_p", self.min_p, 0, 1)
         if not 0 < self.top_p <= 1:
             raise _error("top_p", self.top_p, "must be greater than 0 and at most 1")
-        if self.repetition_penalty <= 0:
-            raise _error("repetition_penalty", self.repetition_penalty, "must be greater than 0")
+        if self.repetition_penalty < MIN_REPETITION_PENALTY:
+            rule = f"must be at least {MIN_REPETITION_PENALTY}"
+            raise _error("repetition_penalty", self.repetition_penalty, rule)
         if self.seed == -1:
             set_("seed", None)
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
@@ -138,6 +149,8 @@ def _error(name: str, value: Any, rule: str) -> InvalidRequestError:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, int) and value.bit_length() > 256:
+        return f"an integer of {value.bit_length()} bits"
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
@@ -148,8 +161,11 @@ def _check_int(name: str, value: Any) -> None:
 
 
 def _check_float(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise _error(name, value, "must be a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _error(name, value, "must be a number")
+    # Comparing first: an integer can be too large for a float.
+    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
+        raise _error(name, value, "must be a finite 32-bit number")
     return float(value)
 
 

@@ -89,12 +89,12 @@ def _attend(
         seen = distance >= 0
         if sliding_window is not None:
             seen &= distance < sliding_window
-        scores = jnp.einsum("nbkgd,npksd->nkgbps", q, k)
+        scores = jnp.einsum("nbkgd,npksd->nkgbps", q, k, precision=jax.lax.Precision.HIGHEST)
         scores = jnp.where(seen[:, None, None], scores, MASKED)
         new_top = jnp.maximum(top, scores.max((-2, -1)))
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None, None])
-        added = jnp.einsum("nkgbps,npksd->nkgbd", weights, v)
+        added = jnp.einsum("nkgbps,npksd->nkgbd", weights, v, precision=jax.lax.Precision.HIGHEST)
         values = values * shrink[..., None] + added
         return values, new_top, total * shrink + weights.sum((-2, -1))
 

@@ -22,7 +22,7 @@ from pallas_kernels.paged_attention.batch import AttentionBatch
 
 MASKED = -1e30
 LOG2_E = math.log2(math.e)
-MIN_ROWS = 16  # the smallest matrix product that the tensor cores take
+MIN_ROWS = 16  # no side of a matrix product on the tensor cores may be smaller
 
 
 def paged_attention(
@@ -61,6 +61,11 @@ def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def _width(head_size: int) -> int:
+    """Columns that a head takes in the kernels: what the tensor cores can multiply."""
+    return max(MIN_ROWS, _power_of_two(head_size))
+
+
 def _call(
     kernel: Any,
     name: str,
@@ -85,7 +90,7 @@ def _call(
 def _gather_keys(pages: Any, page: jax.Array, head: jax.Array, slot: jax.Array, ok: jax.Array):
     """Loads [tile, head_size] rows of (page, head, slot), padded to a power of two with zeros."""
     size = pages.shape[3]
-    tile, width = page.shape[0], _power_of_two(size)
+    tile, width = page.shape[0], _width(size)
     spread = lambda index: jnp.broadcast_to(index[:, None], (tile, width))  # noqa: E731
     column = jnp.broadcast_to(jnp.arange(width)[None, :], (tile, width))
     mask = spread(ok) & (column < size)
@@ -121,7 +126,7 @@ def _decode(q, cache, batch: AttentionBatch, static, interpret: bool) -> jax.Arr
     k_pages, _, _ = cache
     size = q.shape[2]
     kv_heads = k_pages.shape[1]
-    group, width = static["group"], _power_of_two(size)
+    group, width = static["group"], _width(size)
     items, lanes = batch.decode_lane.shape[0], batch.row.shape[0]
     partial = [
         jax.ShapeDtypeStruct((items, kv_heads, group, size), jnp.float32),
@@ -252,7 +257,7 @@ def _tiles(q, cache, batch: AttentionBatch, static, interpret: bool) -> jax.Arra
         tile=32 if wide else 64,
         tokens=max(batch.tile_tokens, MIN_ROWS // members),
         members=members,
-        width=_power_of_two(size),
+        width=_width(size),
         step_tokens=batch.tile_tokens,
         **static,
     )

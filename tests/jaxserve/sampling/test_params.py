@@ -85,14 +85,12 @@ def test_values_up_to_the_limits_are_kept(name: str, value: Any) -> None:
     assert getattr(SamplingParams(**{name: value}), name) == value
 
 
-@pytest.mark.xfail(raises=OverflowError, reason="math.isfinite cannot take a huge integer")
 @pytest.mark.parametrize("name", ["temperature", "repetition_penalty", "presence_penalty"])
 def test_an_integer_too_large_for_a_float_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequestError):
         SamplingParams(**{name: 10**400})
 
 
-@pytest.mark.xfail(reason="flags are not checked")
 @pytest.mark.parametrize("name", FLAGS)
 def test_a_flag_that_is_no_bool_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequestError) as error:
