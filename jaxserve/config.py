@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -103,7 +102,7 @@ class EngineConfig:
                 f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0, at most 1."
             )
 
-    def resolve(self, facts: DeviceFacts, model_max_len: int) -> EngineConfig:
+    def resolve(self, facts: DeviceFacts, model_max_len: int) -> ResolvedConfig:
         """The config with every size that doesn't depend on free memory filled in.
 
         Args:
@@ -131,12 +130,21 @@ class EngineConfig:
                 f"max_num_batched_tokens={tokens} must be at least max_num_seqs={rows}, so that "
                 "every running request gets a token each step."
             )
-        return dataclasses.replace(
-            self,
-            max_model_len=self.max_model_len or model_max_len,
-            max_num_seqs=rows,
-            max_num_batched_tokens=tokens,
-        )
+        filled_in = {
+            "max_model_len": self.max_model_len or model_max_len,
+            "max_num_seqs": rows,
+            "max_num_batched_tokens": tokens,
+        }
+        return ResolvedConfig(**vars(self) | filled_in)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig(EngineConfig):
+    """An EngineConfig in which every size is filled in; see ``EngineConfig.resolve``."""
+
+    max_model_len: int = 0
+    max_num_seqs: int = 0
+    max_num_batched_tokens: int = 0
 
 
 def _check_positive(name: str, value: Any, optional: bool = False) -> None:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from converters import Checkpoint, open_checkpoint, resolve_model
 from jaxserve import compat, demo, log
-from jaxserve.config import DTYPES, DeviceFacts, EngineConfig
+from jaxserve.config import DTYPES, DeviceFacts, EngineConfig, ResolvedConfig
 from jaxserve.distributed import LOGICAL_TO_MESH, make_mesh
 from jaxserve.engine.core import Engine
 from jaxserve.engine.memory import GIB, MemoryPlan, check_fits, plan_memory
@@ -245,7 +245,7 @@ class LLM:
         self._num_requests += 1
         output = RequestOutput(name, text, ids, [])
         for index in range(params.n):
-            seed = None if params.seed is None else params.seed + index
+            seed = None if params.seed is None else _next_seed(params.seed, index)
             request_id = f"{name}-{index}"
             request = engine.add(request_id, ids, params.replace(seed=seed), salt)
             generation = Generation(request, index, self._tokenizer, engine.eos_token_ids)
@@ -309,6 +309,12 @@ class LLM:
                         bar.update()
 
 
+def _next_seed(seed: int, index: int) -> int:
+    """``seed + index``, or another seed where that is -1 (which means none) or beyond 64 bits."""
+    next_seed = seed + index
+    return next_seed if -1 != next_seed < 2**63 else next_seed % 2**63
+
+
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list."""
     if isinstance(prompts, str | dict):
@@ -332,15 +338,14 @@ def _find_model(config: EngineConfig) -> Path:
 
 
 def _make_engine(
-    config: EngineConfig, checkpoint: Checkpoint, use_tqdm: bool
-) -> tuple[EngineConfig, MemoryPlan, Runner, Engine]:
+    wanted: EngineConfig, checkpoint: Checkpoint, use_tqdm: bool
+) -> tuple[ResolvedConfig, MemoryPlan, Runner, Engine]:
     """Loads the weights, sizes the cache and puts the engine together; compiles nothing yet."""
     # Read by JAX when it first touches the GPU; later it has no effect.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(config.gpu_memory_utilization))
-    use_compilation_cache(config.compilation_cache_dir)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(wanted.gpu_memory_utilization))
+    use_compilation_cache(wanted.compilation_cache_dir)
     facts = DeviceFacts(jax.default_backend(), jax.local_device_count())
-    asked_for_len = config.max_model_len
-    config = config.resolve(facts, checkpoint.config.max_model_len)
+    config = wanted.resolve(facts, checkpoint.config.max_model_len)
     model = decoder.for_tensor_parallel(checkpoint.config, config.tensor_parallel_size)
     mesh = make_mesh(config.tensor_parallel_size)
     dtype = _dtype(config.dtype, checkpoint.config.dtype, facts.platform)
@@ -352,15 +357,13 @@ def _make_engine(
         with _loading_bar(use_tqdm) as progress:
             params = checkpoint.load(tree, specs, mesh, dtype, progress)
     jax.block_until_ready(params)
-    memory, config = _fit(config, model, dtype, shorten=asked_for_len is None)
+    memory, config = _fit(config, model, dtype, shorten=wanted.max_model_len is None)
     stats = Stats()
     buckets = make_buckets(config, facts.platform)
     runner = Runner(config, model, params, mesh, memory.num_pages, buckets, stats)
     allocator = PageAllocator(memory.num_pages, config.block_size, config.enable_prefix_caching)
-    rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
-    assert rows is not None and tokens is not None and config.max_model_len is not None
     engine = Engine(
-        Scheduler(allocator, rows, tokens, stats),
+        Scheduler(allocator, config.max_num_seqs, config.max_num_batched_tokens, stats),
         runner,
         max_model_len=config.max_model_len,
         vocab_size=model.vocab_size,
@@ -372,12 +375,12 @@ def _make_engine(
 
 
 def _fit(
-    config: EngineConfig, model: ModelConfig, dtype: jnp.dtype, shorten: bool
-) -> tuple[MemoryPlan, EngineConfig]:
+    config: ResolvedConfig, model: ModelConfig, dtype: jnp.dtype, shorten: bool
+) -> tuple[MemoryPlan, ResolvedConfig]:
     """Sizes the cache; shortens max_model_len to what fits if the user left it to us."""
     plan = plan_memory(config, model, dtype)
     room = (plan.num_pages - 1) * config.block_size
-    if shorten and config.max_model_len is not None and 0 < room < config.max_model_len:
+    if shorten and 0 < room < config.max_model_len:
         log.logger.info("max_model_len=%d, the most that fits: %s.", room, plan)
         config = dataclasses.replace(config, max_model_len=room)
     check_fits(plan, config)

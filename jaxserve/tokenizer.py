@@ -50,11 +50,11 @@ class Tokenizer:
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
-        return self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return str(self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens))
 
     def token(self, token_id: int) -> str:
         """One token as text, for showing log-probabilities."""
-        return self.hf.decode([token_id], skip_special_tokens=False)
+        return str(self.hf.decode([token_id], skip_special_tokens=False))
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """The prompt text of a conversation.
@@ -69,7 +69,7 @@ class Tokenizer:
                 "messages",
             )
         try:
-            return self.hf.apply_chat_template(list(messages), tokenize=False, **options)
+            return str(self.hf.apply_chat_template(list(messages), tokenize=False, **options))
         except Exception as error:  # a template may raise anything, on purpose too
             message = f"The chat template refused the messages: {error}"
             raise InvalidRequestError(message, "messages") from error

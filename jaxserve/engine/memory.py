@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import psutil
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import ResolvedConfig
 from jaxserve.errors import ConfigError
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.kv_cache import bytes_per_page
@@ -44,7 +44,7 @@ class MemoryPlan:
         )
 
 
-def plan_memory(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> MemoryPlan:
+def plan_memory(config: ResolvedConfig, model: ModelConfig, dtype: jnp.dtype) -> MemoryPlan:
     """Sizes the KV cache, once the weights are loaded.
 
     Args:
@@ -70,7 +70,7 @@ def plan_memory(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> M
     return MemoryPlan(usable + 1, page_bytes, in_use, activations, limit)
 
 
-def check_fits(plan: MemoryPlan, config: EngineConfig) -> None:
+def check_fits(plan: MemoryPlan, config: ResolvedConfig) -> None:
     """Checks that one sequence of ``max_model_len`` fits.
 
     Raises:
@@ -86,7 +86,7 @@ def check_fits(plan: MemoryPlan, config: EngineConfig) -> None:
         )
 
 
-def activation_bytes(config: EngineConfig, model: ModelConfig, dtype: jnp.dtype) -> int:
+def activation_bytes(config: ResolvedConfig, model: ModelConfig, dtype: jnp.dtype) -> int:
     """An upper estimate of one device's scratch memory in the largest step, in bytes."""
     tp, size = config.tensor_parallel_size, jnp.dtype(dtype).itemsize
     widest = max(

@@ -18,6 +18,11 @@ Lower = Callable[[], "jax.stages.Lowered"]
 Progress = Callable[[int, int], None]
 
 
+def compilation_cache_dir() -> str | None:
+    """Where JAX keeps compiled programs in this process; None if it keeps none."""
+    return getattr(jax.config, "jax_compilation_cache_dir", None)
+
+
 def use_compilation_cache(directory: str | None) -> None:
     """Keeps compiled programs of this process in a directory, for the next one to find.
 
@@ -25,7 +30,7 @@ def use_compilation_cache(directory: str | None) -> None:
     default lies in the user's cache folder. Whoever can write to it can make us run code: it must
     belong to the user alone.
     """
-    if directory is None and jax.config.jax_compilation_cache_dir:
+    if directory is None and compilation_cache_dir():
         return
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     path = Path(directory) if directory else home / "jaxserve" / "xla"
@@ -41,7 +46,7 @@ def compile_events() -> Counter[str]:
     """Running counts of this process's "compilations" and "cache_hits", as JAX reports them."""
     counts: Counter[str] = Counter()
 
-    def on_duration(event: str, duration: float, **_: Any) -> None:
+    def on_duration(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             counts["compilations"] += 1
 

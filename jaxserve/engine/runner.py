@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxserve.config import EngineConfig
+from jaxserve.config import ResolvedConfig
 from jaxserve.distributed import TENSOR
 from jaxserve.engine import batch
 from jaxserve.engine.batch import Bucket, Layout, Packer
@@ -58,7 +58,7 @@ class Runner:
 
     def __init__(
         self,
-        config: EngineConfig,
+        config: ResolvedConfig,
         model: ModelConfig,
         params: Params,
         mesh: Mesh,
@@ -69,7 +69,7 @@ class Runner:
         self._model, self._mesh, self._stats = model, mesh, stats
         self._rows = config.max_num_seqs
         self._page_size = config.block_size
-        self._specs = {path: array.sharding.spec for path, array in params.items()}
+        self._specs = {path: _spec(array) for path, array in params.items()}
         self._params: Params | None = params
         group = max(s.attention.num_heads // s.attention.num_kv_heads for s in model.layers)
         split = jax.default_backend() != "cpu"
@@ -270,7 +270,7 @@ class Runner:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._replicated)
 
 
-def make_buckets(config: EngineConfig, platform: str) -> list[Bucket]:
+def make_buckets(config: ResolvedConfig, platform: str) -> list[Bucket]:
     """The step shapes to compile for a resolved config, smallest first."""
     rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
     if platform == "cpu":
@@ -301,6 +301,11 @@ def _avals(tree: Any) -> Any:
     )
 
 
+def _spec(array: jax.Array) -> PartitionSpec:
+    assert isinstance(array.sharding, NamedSharding)
+    return array.sharding.spec
+
+
 def _variant(scheduled: Sequence[ScheduledRequest]) -> Variant:
     """The least sampler that does what every request of the step asks."""
     params = [item.request.params for item in scheduled]
@@ -312,8 +317,10 @@ def _variant(scheduled: Sequence[ScheduledRequest]) -> Variant:
 
 def _logprobs(item: ScheduledRequest, lane: int, sampled: Sampled) -> TokenLogprobs | None:
     wanted = item.request.params.logprobs
-    if wanted is None or sampled.logprobs is None:
+    if wanted is None:
         return None
+    assert sampled.logprobs is not None  # the step's variant is "logprobs" if anybody wants them
+    assert sampled.top_tokens is not None and sampled.rank is not None
     values, top = sampled.logprobs[lane], sampled.top_tokens[lane]
     pairs = zip(top[:wanted].tolist(), values[1 : wanted + 1].tolist())
     return TokenLogprobs(

@@ -173,7 +173,7 @@ def _from_plain(kind: Any, value: Any) -> Any:
         return None if value is None else _from_plain(kind, value)
     if typing.get_origin(kind) is tuple:
         return tuple(_from_plain(typing.get_args(kind)[0], item) for item in value)
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         return kind(**{name: _from_plain(hints[name], item) for name, item in value.items()})
     return value

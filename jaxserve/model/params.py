@@ -70,11 +70,12 @@ def partition_specs(
     """
 
     def spec(param: Param) -> PartitionSpec:
-        mesh_axes = [
-            rules[axis] if axis in rules and size % mesh_shape[rules[axis]] == 0 else None
-            for axis, size in zip(param.axes, param.shape)
+        mesh_axes = [rules.get(axis or "") for axis in param.axes]
+        fits = [
+            axis if axis is not None and size % mesh_shape[axis] == 0 else None
+            for axis, size in zip(mesh_axes, param.shape)
         ]
-        return PartitionSpec(*mesh_axes)
+        return PartitionSpec(*fits)
 
     return {path: spec(param) for path, param in tree.items()}
 

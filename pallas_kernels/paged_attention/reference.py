@@ -94,6 +94,9 @@ def _attend(
         new_top = jnp.maximum(top, scores.max((-2, -1)))
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None, None])
+        # A slot behind the lane's end may hold another request's NaN, and 0 times NaN is NaN.
+        own = key <= position.max(1)[:, None, None]
+        v = jnp.where(own[:, :, None, :, None], v, 0)
         added = jnp.einsum("nkgbps,npksd->nkgbd", weights, v, precision=jax.lax.Precision.HIGHEST)
         values = values * shrink[..., None] + added
         return values, new_top, total * shrink + weights.sum((-2, -1))
@@ -104,7 +107,7 @@ def _attend(
         jnp.zeros((n, kv_heads, group, tokens), jnp.float32),
     )
     last = position.max() + 1
-    first = 0
+    first = jnp.int32(0)
     if sliding_window is not None:
         furthest = jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max // 2).min()
         first = jnp.maximum(furthest - sliding_window + 1, 0) // chunk_tokens

@@ -1,0 +1,53 @@
+"""The ``jaxserve`` command. A composition root; the subcommands live in ``jaxserve.cli``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from jaxserve import __version__
+from jaxserve.cli import chat, convert, doctor, flags, generate
+from jaxserve.errors import JaxserveError
+
+COMMANDS = {"generate": generate, "chat": chat, "convert": convert, "doctor": doctor}
+
+
+def make_parser() -> flags.Parser:
+    """The parser of the whole command line."""
+    parser = flags.Parser(
+        prog="jaxserve",
+        usage="jaxserve COMMAND [options]",
+        version=__version__,
+        description="LLM inference in JAX. Without a model, commands use a tiny embedded one.",
+        epilog="jaxserve COMMAND --help shows the flags of a command.",
+    )
+    commands = parser.add_subcommands(
+        dest="command", metavar="COMMAND", title="commands", description=None
+    )
+    for name, command in COMMANDS.items():
+        subparser = command.make_parser()
+        commands.add_subcommand(name, subparser, help=command.HELP)
+        subparser.prog = f"jaxserve {name}"
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command line; returns the exit code: 1 for errors, 2 for a wrong command line."""
+    args = make_parser().parse_args(flags.with_dashes(sys.argv[1:] if argv is None else argv))
+    name = args.command
+    try:
+        return COMMANDS[name].run(args[name])
+    except JaxserveError as error:
+        print(f"jaxserve {name}: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2 if isinstance(error, flags.UsageError) else 1
+    except BrokenPipeError:
+        # Whoever read our output has gone; nothing may complain about that at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
