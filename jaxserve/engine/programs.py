@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve.engine.stats import Stats
 
@@ -35,6 +36,8 @@ def use_compilation_cache(directory: str | None) -> None:
     home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     path = Path(directory) if directory else home / "jaxserve" / "xla"
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if compilation_cache_dir() not in (None, str(path)):
+        compilation_cache.reset_cache()  # else JAX goes on with the directory it used first
     jax.config.update("jax_compilation_cache_dir", str(path))
     # Small programs count too: dozens of them make a cold start slow.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import time
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from jaxserve.sampling.params import SamplingParams
 
@@ -103,9 +104,10 @@ class Request:
     @property
     def num_schedulable_tokens(self) -> int:
         """Tokens that a step could compute now; 0 once the last token is sampled."""
-        if self.num_output_tokens >= self.max_tokens:
+        tokens = len(self.token_ids) + self.num_pending
+        if tokens - self.num_prompt_tokens >= self.max_tokens:
             return 0
-        return self.num_tokens - self.num_computed_tokens
+        return tokens - self.num_computed_tokens
 
     @property
     def output_token_ids(self) -> list[int]:
@@ -113,8 +115,10 @@ class Request:
         return self.token_ids[self.num_prompt_tokens :]
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
+# The following are made once per request and step: tuples are the cheapest to make.
+
+
+class ScheduledRequest(NamedTuple):
     """One request's part of a step.
 
     Attributes:
@@ -147,8 +151,7 @@ class ScheduledRequest:
         return known + [-1] * (self.num_scheduled_tokens - len(known))
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(NamedTuple):
     """What one step does."""
 
     scheduled: tuple[ScheduledRequest, ...]
@@ -159,8 +162,7 @@ class Decision:
         return sum(item.num_scheduled_tokens for item in self.scheduled)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledToken:
+class SampledToken(NamedTuple):
     """What the device chose for one scheduled request; token_id -1 says that its logits were bad
     (NaN, or nothing left to choose)."""
 
@@ -168,8 +170,7 @@ class SampledToken:
     logprobs: TokenLogprobs | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class RequestUpdate:
+class RequestUpdate(NamedTuple):
     """News of one request after a step: at most one token, and how it ended if it did."""
 
     request: Request

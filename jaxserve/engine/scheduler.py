@@ -65,13 +65,14 @@ class Scheduler:
     def schedule(self) -> Decision:
         """Decides the next step; an empty decision if nothing can be computed now."""
         scheduled: list[ScheduledRequest] = []
-        budget = self.max_step_tokens
+        budget, page_size = self.max_step_tokens, self.allocator.page_size
         for request in self.running.copy():
             tokens = min(request.num_schedulable_tokens, budget)
             if tokens == 0 or request.status is not Status.RUNNING:
                 continue
             first_new_page = len(request.pages)
-            if not self._extend_pages(request, tokens):
+            room = first_new_page * page_size - request.num_computed_tokens
+            if tokens > room and not self._extend_pages(request, tokens):
                 continue
             scheduled.append(self._schedule_one(request, tokens, first_new_page, new_row=False))
             budget -= tokens
@@ -92,6 +93,7 @@ class Scheduler:
         Entries of requests that ended meanwhile are surplus and are dropped here.
         """
         updates = []
+        caching = self.allocator.enable_prefix_caching
         for item, token in zip(decision.scheduled, sampled, strict=True):
             request = item.request
             if request.status is Status.FINISHED:
@@ -103,7 +105,7 @@ class Scheduler:
                 reason = update.finish_reason
             if reason is FinishReason.ERROR:
                 self.allocator.forget(request.page_hashes)
-            elif request.num_preemptions == item.num_preemptions:
+            elif caching and request.num_preemptions == item.num_preemptions:
                 self._register_pages(item)
             if reason is not None:
                 self._finish(request, reason)
@@ -164,44 +166,44 @@ class Scheduler:
     def _schedule_one(
         self, request: Request, tokens: int, first_new_page: int, new_row: bool
     ) -> ScheduledRequest:
-        start = request.num_computed_tokens
-        samples = start + tokens == request.num_tokens
+        start, total = request.num_computed_tokens, request.num_tokens
+        samples = start + tokens == total
+        new_pages = request.pages[first_new_page:]
         item = ScheduledRequest(
-            request=request,
-            row=request.row,
-            start=start,
-            num_scheduled_tokens=tokens,
-            samples=samples,
-            output_index=request.num_output_tokens,
-            new_row=new_row,
-            first_new_page=first_new_page,
-            new_pages=tuple(request.pages[first_new_page:]),
-            num_preemptions=request.num_preemptions,
+            request,
+            request.row,
+            start,
+            tokens,
+            samples,
+            total - request.num_prompt_tokens,
+            new_row,
+            first_new_page,
+            tuple(new_pages) if new_pages else (),
+            request.num_preemptions,
         )
-        request.num_computed_tokens += tokens
+        request.num_computed_tokens = start + tokens
         request.num_pending += samples
         return item
 
     def _append(self, request: Request, token: SampledToken) -> RequestUpdate:
         """Adds a token to a request and says whether it ends with it."""
+        token_id, logprobs = token
         request.num_pending -= 1
-        if token.token_id < 0:
+        if token_id < 0:
             return RequestUpdate(request, None, None, FinishReason.ERROR)
-        request.token_ids.append(token.token_id)
+        request.token_ids.append(token_id)
         self.stats.generation_tokens += 1
         reason = None
         outputs = len(request.token_ids) - request.num_prompt_tokens
-        if token.token_id in request.stop_token_ids and outputs >= request.params.min_tokens:
-            request.stop_reason = token.token_id
+        if token_id in request.stop_token_ids and outputs >= request.params.min_tokens:
+            request.stop_reason = token_id
             reason = FinishReason.STOP
         elif outputs >= request.max_tokens:
             reason = FinishReason.LENGTH
-        return RequestUpdate(request, token.token_id, token.logprobs, reason)
+        return RequestUpdate(request, token_id, logprobs, reason)
 
     def _register_pages(self, item: ScheduledRequest) -> None:
         """Makes the pages findable that a completed step filled to the end."""
-        if not self.allocator.enable_prefix_caching:
-            return
         size, request = self.allocator.page_size, item.request
         end = item.start + item.num_scheduled_tokens
         first, last = item.start // size, end // size
