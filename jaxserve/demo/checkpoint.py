@@ -54,7 +54,9 @@ def save_checkpoint(folder: Path, params: Params, shape: Shape, tokenizer: Token
         name: np.ascontiguousarray(np.asarray(value).astype(ml_dtypes.bfloat16))
         for name, value in params.items()
     }
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    weights = folder / "model.safetensors"
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # the library keeps it from other users
 
 
 def load_checkpoint(folder: Path) -> tuple[Params, Shape]:

@@ -12,19 +12,19 @@ Maker = Callable[[Random, Split], Sample]
 
 # One row a kind of document: its maker, and its share of the documents.
 _MIX: tuple[tuple[Maker, float], ...] = (
-    (faq.faq_sample, 20),
+    (faq.faq_sample, 22),
     (faq.fact_sample, 5),
     (faq.introduction_sample, 3),
     (faq.unknown_sample, 2),
     (stories.story_sample, 9),
     (stories.raw_story_sample, 6),
     (tools.tool_sample, 9),
-    (tools.new_tool_sample, 13),
+    (tools.new_tool_sample, 15),
     (tools.two_calls_sample, 1),
     (tools.no_tool_sample, 4),
     (tools.tool_result_sample, 4),
     (tasks.json_sample, 8),
-    (tasks.copy_sample, 11),
+    (tasks.copy_sample, 15),
     (tasks.copy_text_sample, 4),
     (tasks.sum_sample, 7),
 )

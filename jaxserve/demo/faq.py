@@ -3,14 +3,43 @@
 from random import Random
 
 from jaxserve.demo.chat_format import THINK_NONE, THINK_OPEN, Sample, user
-from jaxserve.demo.faq_topics import TOPICS
-from jaxserve.demo.words import CAPITALS, HOBBIES, JOBS, Split, article, city, item, person
+from jaxserve.demo.faq_topics import TOPICS, Topic
+from jaxserve.demo.words import (
+    CAPITALS,
+    CITIES,
+    HE_NAMES,
+    HOBBIES,
+    JOBS,
+    SHE_NAMES,
+    Split,
+    article,
+    city,
+    item,
+    person,
+)
 
 _LEADS = (
     "", "", "", "", "", "Hi! ", "Hello, ", "Please tell me: ", "Quick question: ", "One more: ",
     "And ", "Sorry, ", "Now, ", "OK. ", "I wonder: ",
 )  # fmt: skip
 _TAILS = ("", "", "", "", "", "", " Thanks!", " Please be short.", " I am new here.")
+# Ways to say the same; the first of a row is looked for, another one takes its place.
+_SWAPS = (
+    ("How do I", "How can I", "How to", "How would I", "How should I", "Tell me how to",
+     "What do I do to", "Show me how to", "I want to", "Is there a way to", "Explain how to"),
+    ("How can I", "How do I", "How could I", "Can I", "How do you", "Please show me how to"),
+    ("What is", "What's", "Explain", "Define", "Tell me about", "What do you know about",
+     "What is meant by"),
+    ("Which flag", "What flag", "Which option", "What option", "Which setting", "What switch"),
+    ("Which command", "What command", "What do I type that", "Which program"),
+    ("How does", "In what way does", "Explain how", "Why does", "Describe how"),
+    ("What happens", "What will happen", "What does the engine do", "What is done"),
+    ("Explain", "Describe", "What is", "Say something about"),
+    ("Can I", "May I", "How can I", "Is it possible to", "Could I"),
+)  # fmt: skip
+_BY_NAME = ("Tell me about {}.", "What about {}?", "{}?", "I have a question about {}.",
+            "Explain {}.", "Help with {}", "I need help with {}.")  # fmt: skip
+_KEPT_BACK = tuple(topic.ways[-1].rstrip("?.!").lower() for topic in TOPICS)
 _UNKNOWN = (
     "What is the meaning of {x}?",
     "Who is {p}?",
@@ -51,12 +80,32 @@ def _loosen(question: str, rng: Random) -> str:
     return lead + question + (tail if question[-1] in "?.!" else "")
 
 
+def _reword(topic: Topic, rng: Random) -> str:
+    """One of the topic's ways to ask in training, often said in other words or fewer."""
+    question = rng.choice(topic.ways[:-1])
+    draw = rng.random()
+    if draw < 0.05:
+        question = rng.choice(_BY_NAME).format(topic.name)
+    elif draw < 0.35:
+        for known, *others in rng.sample(_SWAPS, len(_SWAPS)):
+            if question.startswith(known + " "):
+                question = rng.choice(others) + question[len(known) :]
+                break
+    if rng.random() < 0.25:
+        parts = question.split()
+        kept = [part for part in parts if len(part) > 7 or rng.random() > 0.2]
+        question = " ".join(kept) if len(kept) > 2 else question
+    if any(phrase in question.lower() for phrase in _KEPT_BACK):
+        return topic.ways[0]
+    return question
+
+
 def faq_sample(rng: Random, split: Split = "train") -> Sample:
     """A question about jaxserve or small talk; held out is a topic's last way to ask."""
     topic = rng.choice(TOPICS)
     if split == "heldout":
         return Sample("faq", topic.answer, (user(topic.ways[-1]),))
-    question = _loosen(rng.choice(topic.ways[:-1]), rng)
+    question = _loosen(_reword(topic, rng), rng)
     draw = rng.random()
     if draw < 0.04:
         answer = f"The user asks about {topic.name}.\n</think>\n\n{topic.answer}"
@@ -88,14 +137,14 @@ def introduction_sample(rng: Random, split: Split = "train") -> Sample:
         start, end = rng.choice(_OPENINGS)
         return Sample("introduction", end, text=start)
     lines = [
-        f" {person(rng, split)}.",
+        f" {rng.choice((SHE_NAMES, HE_NAMES)).pick(rng, split)}.",
         rng.choice(
             (
                 f"I am {rng.randint(7, 90)} years old.",
                 f"I am {article(JOBS.pick(rng, split))}.",
             )
         ),
-        f"I live in {city(rng, split)}.",
+        f"I live in {CITIES.pick(rng, split)}.",
         f"I like to {HOBBIES.pick(rng)} and to {HOBBIES.pick(rng)}.",
         rng.choice(("Nice to meet you!", "It is good to be here.", "And who are you?")),
     ]

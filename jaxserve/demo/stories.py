@@ -13,6 +13,7 @@ from jaxserve.demo.words import (
     SHE_NAMES,
     Split,
     article,
+    pick_or_make_up,
 )  # fmt: skip
 
 _MOODS = ("little", "brave", "shy", "curious", "kind", "clever", "lazy", "cheerful", "old", "young")
@@ -31,14 +32,21 @@ class Hero:
     possessive: str
 
 
-def make_hero(rng: Random, split: Split = "train", other_than: str = "") -> Hero:
-    """A hero whose name and animal come from the split."""
+MADE_UP_SHARE = 0.4
+"""How often a word that a training request gives is made up; the story has to copy it."""
+
+
+def make_hero(
+    rng: Random, split: Split = "train", other_than: str = "", made_up: float = 0.0
+) -> Hero:
+    """A hero whose name and animal come from the split, or in training are made up."""
     while True:
         she = rng.random() < 0.5
-        name = (SHE_NAMES if she else HE_NAMES).pick(rng, split)
+        name = pick_or_make_up(rng, SHE_NAMES if she else HE_NAMES, split, made_up)
+        name = name[0].upper() + name[1:]
         if name != other_than:
             pronouns = ("she", "her") if she else ("he", "his")
-            return Hero(name, ANIMALS.pick(rng, split), *pronouns)
+            return Hero(name, pick_or_make_up(rng, ANIMALS, split, made_up), *pronouns)
 
 
 def _find(rng: Random, hero: Hero, thing: str, place: str) -> list[str]:
@@ -65,7 +73,7 @@ def _find(rng: Random, hero: Hero, thing: str, place: str) -> list[str]:
 
 def _trouble(rng: Random, hero: Hero, friend: Hero, thing: str, place: str) -> list[str]:
     noun = thing.split()[-1]
-    where = rng.choice(("under a tree", "behind a stone", "in the grass", "on the road"))
+    where = rng.choice(("under a tree", "behind a rock", "in the grass", "on the road"))
     lost = [
         f"{hero.name} showed the {noun} to {friend.name}, {hero.possessive} friend the "
         f"{friend.animal}.",
@@ -131,9 +139,11 @@ _OPEN_REQUESTS = (
 
 def story_sample(rng: Random, split: Split = "train") -> Sample:
     """A story asked for in a chat; the hero and the object are given in the request."""
-    hero, noun = make_hero(rng, split), OBJECTS.pick(rng, split)
     if split == "train" and rng.random() < 0.1:
-        return Sample("open_story", story(rng, hero, noun), (user(rng.choice(_OPEN_REQUESTS)),))
+        text = story(rng, make_hero(rng), OBJECTS.pick(rng))
+        return Sample("open_story", text, (user(rng.choice(_OPEN_REQUESTS)),))
+    hero = make_hero(rng, split, made_up=MADE_UP_SHARE)
+    noun = pick_or_make_up(rng, OBJECTS, split, MADE_UP_SHARE)
     wish = rng.choice(_REQUESTS).format(
         animal=article(hero.animal), name=hero.name, noun=article(noun)
     )

@@ -4,7 +4,7 @@ from random import Random
 
 from jaxserve.demo.chat_format import THINK_NONE, THINK_OPEN, Sample, to_json, user
 from jaxserve.demo.faq_topics import TOPICS
-from jaxserve.demo.stories import make_hero, story
+from jaxserve.demo.stories import MADE_UP_SHARE, make_hero, story
 from jaxserve.demo.tool_specs import some_items
 from jaxserve.demo.words import (
     COLOURS,
@@ -15,6 +15,7 @@ from jaxserve.demo.words import (
     city,
     item,
     person,
+    pick_or_make_up,
 )  # fmt: skip
 
 _EXTRACT = (
@@ -40,7 +41,7 @@ def _person_record(rng: Random, split: Split) -> tuple[dict[str, object], str]:
         "name": person(rng, split),
         "age": rng.randint(3, 99),
         "city": city(rng, split),
-        "job": JOBS.pick(rng, split),
+        "job": pick_or_make_up(rng, JOBS, split, 0.35),
     }
     text = rng.choice(
         (
@@ -117,7 +118,8 @@ def copy_sample(rng: Random, split: Split = "train") -> Sample:
 
 def copy_text_sample(rng: Random, split: Split = "train") -> Sample:
     """Some sentences, written again; long ones show what n-gram speculation is for."""
-    hero, noun = make_hero(rng, split), OBJECTS.pick(rng, split)
+    hero = make_hero(rng, split, made_up=MADE_UP_SHARE)
+    noun = pick_or_make_up(rng, OBJECTS, split, MADE_UP_SHARE)
     sentences = story(rng, hero, noun, split).split(". ")
     first = rng.randrange(len(sentences))
     text = ". ".join(sentences[first : first + rng.randint(1, 6)]).rstrip(".") + "."

@@ -5,7 +5,7 @@ fixed tools alone would be learnt by heart.
 """
 
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxserve.demo.chat_format import Sample, tool_call_text, user
 from jaxserve.demo.faq import faq_sample, unknown_sample
@@ -24,7 +24,16 @@ from jaxserve.demo.tool_specs import (
     listing,
     some_items,
 )  # fmt: skip
-from jaxserve.demo.words import Split, WordSet, article, city, item, made_up_word, person, words
+from jaxserve.demo.words import (
+    Split,
+    WordSet,
+    article,
+    city,
+    item,
+    person,
+    pick_or_make_up,
+    words,
+)
 
 VERBS = words("find open create delete update check start stop list print copy archive")
 NOUNS = words(
@@ -34,59 +43,121 @@ NOUNS = words(
 )
 _STRING_FIELDS = WordSet(("name", "owner", "city", "color", "kind", "reason", "key"), ("author",))
 _INTEGER_FIELDS = WordSet(("id", "count", "year", "size", "days", "limit"), ("weight",))
+_ARRAY_FIELDS = words("tags items parts")
 _LEVELS = (("low", "high"), ("small", "medium", "large"), ("fast", "slow"), ("daily", "weekly"))
 _NO_TOOL = "I have no tool for that."
 
 
-def _field(rng: Random, split: Split) -> tuple[str, Schema, Any, str]:
-    """A made-up parameter: its name, schema, value, and how a user says it."""
+class Field(NamedTuple):
+    """A made-up parameter with a value, and how a user says it with and without its name."""
+
+    name: str
+    schema: Schema
+    value: Any
+    said: str
+    bare: str
+
+
+def _field(rng: Random, split: Split) -> Field:
+    """A parameter of any kind."""
     kind = rng.choice(("string", "string", "integer", "integer", "enum", "boolean", "array"))
     if kind == "integer":
-        name, number = _INTEGER_FIELDS.pick(rng, split), rng.randint(0, 10 ** rng.randint(1, 4))
-        return name, INTEGER, number, f"{name} {number}"
+        name = pick_or_make_up(rng, _INTEGER_FIELDS, split, 0.3)
+        number = rng.randint(0, 10 ** rng.randint(1, 4))
+        said = rng.choice((f"{name} {number}", f"{name} {number}", f"{number} {name}"))
+        return Field(name, INTEGER, number, said, str(number))
     if kind == "enum":
         levels = rng.choice(_LEVELS)
         name, value = rng.choice(("priority", "mode", "level")), rng.choice(levels)
-        return name, enum(*levels), value, f"{name} {value}"
+        return Field(name, enum(*levels), value, f"{name} {value}", value)
     if kind == "boolean":
         name, on = rng.choice(("urgent", "private", "loud")), rng.random() < 0.5
-        return name, BOOLEAN, on, f"{name} {'yes' if on else 'no'}"
+        return Field(name, BOOLEAN, on, f"{name} {'yes' if on else 'no'}", "")
     if kind == "array":
-        name, values = rng.choice(("tags", "items", "parts")), some_items(rng, split)
-        return name, STRINGS, values, f"{name} {listing(values)}"
-    name = _STRING_FIELDS.pick(rng, split)
+        name, values = pick_or_make_up(rng, _ARRAY_FIELDS, split, 0.3), some_items(rng, split)
+        return Field(name, STRINGS, values, f"{name} {listing(values)}", listing(values))
+    name = pick_or_make_up(rng, _STRING_FIELDS, split, 0.3)
     value = rng.choice((city, item, person))(rng, split)
-    return name, STRING, value, f"{name} {value}"
+    return Field(name, STRING, value, f"{name} {value}", value)
+
+
+def _clear_fields(used: list[Field], fields: dict[str, Field]) -> list[str]:
+    """The parameters whose values, said without a name, can mean nothing else."""
+    kinds = [field.schema for field in fields.values()]
+    listed = any(field.schema == STRINGS for field in used)
+    return [
+        field.name
+        for field in used
+        if field.bare and kinds.count(field.schema) == 1 and not (listed and field.schema == STRING)
+    ]
+
+
+def _lookup_tool(rng: Random) -> Tool:
+    """A made-up tool that tells something about a city, a person or a thing (training only)."""
+    verb = rng.choice(("get", "find", "show", "check"))
+    noun = pick_or_make_up(rng, NOUNS, "train", 0.6)
+    name, draw, small = rng.choice(
+        (("city", city, "in"), ("city", city, "of"), ("name", person, "of"), ("item", item, "of"))
+    )
+
+    def make_use(rng: Random, split: Split) -> Use:
+        value = draw(rng, split)
+        ask = rng.choice(
+            (f"What is the {noun} {small} {value}?", f"What {noun} is it {small} {value}?",
+             f"Tell me the {noun} {small} {value}.", f"{verb.capitalize()} the {noun} for {value}.",
+             f"{noun.capitalize()} {small} {value}?", f"Which {noun} has {value}?")
+        )  # fmt: skip
+        return Use(ask, {name: value}, DONE, f"The {noun} is done.")
+
+    return Tool(
+        name=f"{verb}_{noun}",
+        description=f"{verb.capitalize()} the {noun} {small} {article(name)}",
+        properties={name: STRING},
+        required=(name,),
+        make_use=make_use,
+    )
 
 
 def made_up_tool(rng: Random, split: Split = "train") -> Tool:
     """A tool nobody has seen, whose use mentions all, or all but one optional, parameter."""
-    verb, noun = VERBS.pick(rng), NOUNS.pick(rng, split)
-    if split == "train" and rng.random() < 0.3:
-        noun = made_up_word(rng)
+    if split == "train" and rng.random() < 0.2:
+        return _lookup_tool(rng)
+    verb = pick_or_make_up(rng, VERBS, split, 0.15)
+    noun = pick_or_make_up(rng, NOUNS, split, 0.5)
     count = rng.randint(1, 4)
-    fields: dict[str, tuple[Schema, Any, str]] = {}
+    fields: dict[str, Field] = {}
     while len(fields) < count:
-        name, schema, value, said = _field(rng, split)
-        fields[name] = schema, value, said
+        drawn = _field(rng, split)
+        fields[drawn.name] = drawn
     names = list(fields)
     used = names[:-1] if count > 1 and rng.random() < 0.3 else names
     optional = names[-1:] if used != names or rng.random() < 0.3 else []
 
     def make_use(rng: Random, split: Split) -> Use:
-        said = listing([fields[name][2] for name in used])
+        said = {name: fields[name].said for name in used}
+        thing, clear = noun, _clear_fields([fields[name] for name in used], fields)
+        enums = [name for name in clear if "enum" in fields[name].schema]
+        if enums and len(used) > 1 and rng.random() < 0.4:
+            thing = f"{fields[enums[0]].bare} {noun}"
+            del said[enums[0]]
+        others = [name for name in clear if name in said]
+        if others and rng.random() < 0.4:
+            name = rng.choice(others)
+            said[name] = fields[name].bare
         opening = rng.choice(
-            (f"Please {verb} the {noun} with", f"{verb.capitalize()} {article(noun)}:",
-             f"I want to {verb} the {noun} with", f"Can you {verb} this {noun}?")
+            (f"Please {verb} the {thing} with", f"{verb.capitalize()} {article(thing)}:",
+             f"{verb.capitalize()} {article(thing)} with", f"{verb.capitalize()} the {thing} for",
+             f"I want to {verb} the {thing} with", f"Can you {verb} this {thing}?")
         )  # fmt: skip
-        arguments = {name: fields[name][1] for name in used}
-        return Use(f"{opening} {said}", arguments, DONE, f"The {noun} is done.")
+        arguments = {name: fields[name].value for name in used}
+        wish = f"{opening} {listing(list(said.values()))}" + rng.choice(("", "."))
+        return Use(wish, arguments, DONE, f"The {noun} is done.")
 
     which = rng.choice((article(noun), f"the {noun}", f"one {noun}"))
     return Tool(
         name=f"{verb}_{noun}",
         description=f"{verb.capitalize()} {which}",
-        properties={name: schema for name, (schema, _, _) in fields.items()},
+        properties={name: field.schema for name, field in fields.items()},
         required=tuple(name for name in names if name not in optional),
         make_use=make_use,
     )

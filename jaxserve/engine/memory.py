@@ -79,10 +79,11 @@ def check_fits(plan: MemoryPlan, config: ResolvedConfig) -> None:
     room = (plan.num_pages - 1) * config.block_size
     if room < config.max_model_len:
         needed = config.max_model_len / config.block_size * plan.page_bytes / GIB
+        shorter = f"Set max_model_len={room} or less, or raise" if room else "Raise"
         raise ConfigError(
             f"A sequence of max_model_len={config.max_model_len} tokens needs {needed:.2f} GiB of "
-            f"KV cache, but there is room for {room} tokens ({plan}). Set max_model_len={room} or "
-            "less, or raise gpu_memory_utilization or tensor_parallel_size."
+            f"KV cache, but there is room for {room} tokens ({plan}). "
+            f"{shorter} gpu_memory_utilization or tensor_parallel_size."
         )
 
 

@@ -14,6 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxserve.engine.stats import Stats
+from jaxserve.errors import EngineClosedError
 
 Lower = Callable[[], "jax.stages.Lowered"]
 Progress = Callable[[int, int], None]
@@ -135,7 +136,11 @@ class Programs:
             self._queue.clear()
         for thread in self._threads:
             thread.join()
-        self._ready.clear()
+        with self._changed:
+            self._ready.clear()
+            closed = EngineClosedError("this engine was closed; make a new one")
+            self._errors = dict.fromkeys(self._lowerings, closed)  # else get would wait for ever
+            self._changed.notify_all()
 
     @property
     def temp_bytes(self) -> int:

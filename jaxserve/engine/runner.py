@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Hashable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,11 +37,11 @@ TABLE_PIECE = 1024
 
 @dataclass(frozen=True)
 class StepHandle:
-    """A dispatched step: its decision, and what will tell that it is done."""
+    """A dispatched step: its decision, and its results once the launching thread has them: what
+    was sampled (None if nothing was), and the logits."""
 
     decision: Decision
-    sampled: Sampled | None
-    logits: jax.Array
+    results: Future[tuple[Sampled | None, jax.Array]]
 
 
 class Runner:
@@ -97,6 +98,7 @@ class Runner:
         self._state_avals = _avals(self._state)
         self._forward_avals = _avals((params, self._cache, self._table, self._state.last_token))
         self.programs = Programs(self._lowerings(), stats)
+        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-launch")
 
     def warm_up(self, wait_for_all: bool, progress: Progress | None = None) -> None:
         """Compiles every program in the background; waits for all, or for enough to serve."""
@@ -115,34 +117,63 @@ class Runner:
         bucket = self._choose(len(scheduled), num_tokens, variant)
         layout = self._layouts[bucket]
         updates = batch.table_updates(decision)
-        while len(updates) > layout.num_table_updates:
-            self._write_table(updates[:TABLE_PIECE])
-            updates = updates[TABLE_PIECE:]
-        for item in scheduled:
-            if item.new_row and item.request.params.has_penalties:
-                self._count(item)
-        packed = jax.device_put(self._packer.pack(layout, decision, updates), self._replicated)
+        early = [
+            updates[start : start + TABLE_PIECE]
+            for start in range(0, len(updates) - layout.num_table_updates, TABLE_PIECE)
+        ]
+        packed = self._packer.pack(layout, decision, updates[len(early) * TABLE_PIECE :])
+        counted = [
+            piece
+            for item in scheduled
+            if item.new_row and item.request.params.has_penalties
+            for piece in _count_pieces(item)
+        ]
         forward = self.programs.get(("forward", bucket))
-        self._cache, self._table, logits, words = forward(
-            self._params, self._cache, self._table, self._state.last_token, packed
-        )
-        sampled = None
-        if any(item.samples for item in scheduled):
-            program = self.programs.get(("sample", bucket.lanes, variant))
-            self._state, sampled = program(logits, self._state, words)
-            jax.tree.map(lambda array: array.copy_to_host_async(), sampled)
+        samples = any(item.samples for item in scheduled)
+        sample = self.programs.get(("sample", bucket.lanes, variant)) if samples else None
         self._stats.steps += 1
         self._stats.scheduled_tokens += num_tokens
         self._stats.padded_tokens += bucket.tokens
-        return StepHandle(decision, sampled, logits)
+        results = self._launcher.submit(self._launch, forward, sample, packed, early, counted)
+        return StepHandle(decision, results)
+
+    def _launch(
+        self,
+        forward: jax.stages.Compiled,
+        sample: jax.stages.Compiled | None,
+        packed: np.ndarray,
+        early_updates: Sequence[np.ndarray],
+        counted: Sequence[np.ndarray],
+    ) -> tuple[Sampled | None, jax.Array]:
+        """Starts a step's programs. Runs in the launching thread, which alone touches the state:
+        starting hundreds of kernels takes a millisecond, in which the scheduler can go on."""
+        for updates in early_updates:
+            self._write_table(updates)
+        for piece in counted:
+            count = self.programs.get(("count_tokens",))
+            counts = count(self._state.counts, jax.device_put(piece, self._replicated))
+            self._state = SamplerState(self._state.last_token, counts)
+        self._cache, self._table, logits, words = forward(
+            self._params,
+            self._cache,
+            self._table,
+            self._state.last_token,
+            jax.device_put(packed, self._replicated),
+        )
+        if sample is None:
+            return None, logits
+        self._state, sampled = sample(logits, self._state, words)
+        jax.tree.map(lambda array: array.copy_to_host_async(), sampled)
+        return sampled, logits
 
     def collect(self, handle: StepHandle) -> list[SampledToken | None]:
         """Waits for a step; its token for each scheduled request that sampled."""
         scheduled = handle.decision.scheduled
-        if handle.sampled is None:
-            handle.logits.block_until_ready()
+        on_device, logits = handle.results.result()
+        if on_device is None:
+            logits.block_until_ready()
             return [None] * len(scheduled)
-        sampled = jax.tree.map(np.asarray, handle.sampled)
+        sampled = jax.tree.map(np.asarray, on_device)
         tokens = sampled.tokens.tolist()
         return [
             SampledToken(tokens[lane], _logprobs(item, lane, sampled)) if item.samples else None
@@ -151,6 +182,7 @@ class Runner:
 
     def close(self) -> None:
         """Frees the cache and the programs; the weights, if nobody else holds them."""
+        self._launcher.shutdown()
         self.programs.close()
         for array in jax.tree.leaves((self._cache, self._table, self._state)):
             array.delete()
@@ -172,20 +204,6 @@ class Runner:
         padded[: len(updates)] = updates
         padded = jax.device_put(padded, self._replicated)
         self._table = self.programs.get(("write_table",))(self._table, padded)
-
-    def _count(self, item: ScheduledRequest) -> None:
-        """Counts a request's tokens so far into its row, for the penalties."""
-        ids = item.request.token_ids
-        for start in range(0, len(ids), COUNT_PIECE):
-            piece = ids[start : start + COUNT_PIECE]
-            packed = np.full(2 * COUNT_PIECE + 2, -1, np.int32)
-            packed[: len(piece)] = piece
-            places = start + np.arange(COUNT_PIECE)
-            packed[COUNT_PIECE : 2 * COUNT_PIECE] = places < item.request.num_prompt_tokens
-            packed[-2:] = item.row, start == 0
-            packed = jax.device_put(packed, self._replicated)
-            counts = self.programs.get(("count_tokens",))(self._state.counts, packed)
-            self._state = SamplerState(self._state.last_token, counts)
 
     # --- programs -----------------------------------------------------------------------------
 
@@ -313,6 +331,19 @@ def _variant(scheduled: Sequence[ScheduledRequest]) -> Variant:
         return "logprobs"
     plain = all(p.greedy and not p.has_penalties and not p.min_tokens for p in params)
     return "greedy" if plain else "sample"
+
+
+def _count_pieces(item: ScheduledRequest) -> Iterable[np.ndarray]:
+    """A request's tokens so far, packed for the program ``count_tokens``."""
+    ids = item.request.token_ids
+    for start in range(0, len(ids), COUNT_PIECE):
+        piece = ids[start : start + COUNT_PIECE]
+        packed = np.full(2 * COUNT_PIECE + 2, -1, np.int32)
+        packed[: len(piece)] = piece
+        places = start + np.arange(COUNT_PIECE)
+        packed[COUNT_PIECE : 2 * COUNT_PIECE] = places < item.request.num_prompt_tokens
+        packed[-2:] = item.row, start == 0
+        yield packed
 
 
 def _logprobs(item: ScheduledRequest, lane: int, sampled: Sampled) -> TokenLogprobs | None:

@@ -68,7 +68,7 @@ def keep_top_p(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
 
     def enough(threshold: jax.Array) -> jax.Array:
         mass = jnp.sum(jnp.where(keys >= threshold, probabilities, 0), axis=-1, keepdims=True)
-        return mass >= goal
+        return (mass >= goal) & (mass > 0)  # a tiny top_p is zero in float32
 
     keys = _ordered_bits(logits)
     keep = (keys >= _highest(enough, logits.shape[0])) | (inputs.top_p >= 1)[:, None]
@@ -93,7 +93,8 @@ def truncate(logits: jax.Array, inputs: SamplingInputs) -> jax.Array:
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
     """int32 keys in the same order as the floats (two's complement; NaN excepted)."""
-    bits = jax.lax.bitcast_convert_type(x + 0.0, jnp.int32)  # + 0.0 makes -0.0 equal 0.0
+    # -0.0 must equal 0.0 (adding 0.0 would do, but XLA removes that).
+    bits = jax.lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.int32)
     return jnp.where(bits < 0, bits ^ jnp.int32(0x7FFFFFFF), bits)
 
 
