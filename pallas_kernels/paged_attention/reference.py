@@ -14,7 +14,7 @@ from pallas_kernels.paged_attention.batch import AttentionBatch
 
 MASKED = -1e30
 """Score of a key that a query can't see; finite, so that a row without keys gives no NaN."""
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 64
 """Keys read at once."""
 
 
