@@ -38,10 +38,10 @@ TABLE_PIECE = 1024
 @dataclass(frozen=True)
 class StepHandle:
     """A dispatched step: its decision, and its results once the launching thread has them: what
-    was sampled (None if nothing was), and the logits."""
+    was sampled, or if nothing was, the logits to wait for."""
 
     decision: Decision
-    results: Future[tuple[Sampled | None, jax.Array]]
+    results: Future[Sampled | jax.Array]
 
 
 class Runner:
@@ -144,9 +144,13 @@ class Runner:
         packed: np.ndarray,
         early_updates: Sequence[np.ndarray],
         counted: Sequence[np.ndarray],
-    ) -> tuple[Sampled | None, jax.Array]:
+    ) -> Sampled | jax.Array:
         """Starts a step's programs. Runs in the launching thread, which alone touches the state:
-        starting hundreds of kernels takes a millisecond, in which the scheduler can go on."""
+        starting hundreds of kernels takes a millisecond, in which the scheduler can go on.
+
+        Nothing of a step is kept but what was sampled, so that the next step's buffers get the
+        same addresses: a CUDA graph whose addresses change must be patched node by node.
+        """
         for updates in early_updates:
             self._write_table(updates)
         for piece in counted:
@@ -161,19 +165,19 @@ class Runner:
             jax.device_put(packed, self._replicated),
         )
         if sample is None:
-            return None, logits
+            return logits
         self._state, sampled = sample(logits, self._state, words)
         jax.tree.map(lambda array: array.copy_to_host_async(), sampled)
-        return sampled, logits
+        return sampled
 
     def collect(self, handle: StepHandle) -> list[SampledToken | None]:
         """Waits for a step; its token for each scheduled request that sampled."""
         scheduled = handle.decision.scheduled
-        on_device, logits = handle.results.result()
-        if on_device is None:
-            logits.block_until_ready()
+        results = handle.results.result()
+        if not isinstance(results, Sampled):
+            results.block_until_ready()
             return [None] * len(scheduled)
-        sampled = jax.tree.map(np.asarray, on_device)
+        sampled = jax.tree.map(np.asarray, results)
         tokens = sampled.tokens.tolist()
         return [
             SampledToken(tokens[lane], _logprobs(item, lane, sampled)) if item.samples else None

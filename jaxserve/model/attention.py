@@ -8,9 +8,10 @@ from jaxserve.distributed import reduce_sum
 from jaxserve.model import kv_cache, norms, rope
 from jaxserve.model.config import AttentionSpec
 from jaxserve.model.inputs import StepInputs
-from jaxserve.model.params import Param, Params, prefixed, under
+from jaxserve.model.params import Param, Params, prefixed
 from jaxserve.quant import linear
 from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
 
 
 def declare(spec: AttentionSpec, hidden_size: int) -> dict[str, Param]:
@@ -46,28 +47,26 @@ def apply(
     Returns:
         The output [T, hidden] and the layer's cache with this step's keys and values written.
     """
-    tokens = x.shape[0]
     qkv = linear(x, params["qkv"])
     if spec.qkv_bias:
         qkv = qkv + params["qkv_bias"]
-    q = qkv[:, :, :-2].reshape(tokens, -1, spec.head_size)
-    k, v = qkv[:, :, -2], qkv[:, :, -1]
+    norm = None
     if spec.qk_norm is not None:
-        q = norms.apply(spec.qk_norm, under("q_norm", params), q)
-        k = norms.apply(spec.qk_norm, under("k_norm", params), k)
-    if cos_sin is not None:
-        q, k = rope.apply(q, cos_sin), rope.apply(k, cos_sin)
-    cache = kv_cache.write(cache, k, v, inputs.write_page, inputs.write_slot)
+        norm = HeadNorm(params["q_norm/scale"], params["k_norm/scale"], spec.qk_norm.eps)
+    q, k_pages, v_pages = rope_kv_write(
+        qkv, cos_sin, norm, *cache, inputs.write_page, inputs.write_slot
+    )
     o = paged_attention(
         q,
-        *cache,
+        k_pages,
+        v_pages,
         inputs.page_table,
         inputs.attention,
         scale=spec.scale,
         sliding_window=spec.sliding_window,
     )
-    o = o.reshape(tokens, *params["out"].shape[1:])
+    o = o.reshape(-1, *params["out"].shape[1:])
     out = reduce_sum(linear(o, params["out"]))
     if spec.out_bias:
         out = out + params["out_bias"]
-    return out, cache
+    return out, (k_pages, v_pages)

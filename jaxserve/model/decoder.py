@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxserve.distributed import TENSOR, reduce_sum
 from jaxserve.errors import ConfigError
 from jaxserve.model import attention, ffn, norms, rope
-from jaxserve.model.config import LayerSpec, ModelConfig
+from jaxserve.model.config import AttentionSpec, LayerSpec, ModelConfig
 from jaxserve.model.inputs import StepInputs
 from jaxserve.model.kv_cache import KVCache, LayerCache
 from jaxserve.model.params import Param, Params, prefixed, under
@@ -53,19 +53,24 @@ def for_tensor_parallel(config: ModelConfig, size: int) -> ModelConfig:
         ConfigError: heads or feed-forward width don't divide.
     """
 
+    def divides(spec: AttentionSpec, size: int) -> bool:
+        kv = max(spec.num_kv_heads, size)
+        return not (kv % size or kv % spec.num_kv_heads or spec.num_heads % kv)
+
     def split(layer: LayerSpec) -> LayerSpec:
         spec = layer.attention
-        kv = max(spec.num_kv_heads, size)
-        if spec.num_heads % size or kv % size or kv % spec.num_kv_heads or spec.num_heads % kv:
+        if not divides(spec, size):
+            usable = [str(n) for n in range(1, spec.num_heads + 1) if divides(spec, n)]
             raise ConfigError(
                 f"tensor_parallel_size={size} doesn't divide {spec.num_heads} attention heads and "
-                f"{spec.num_kv_heads} KV heads; use a divisor of {spec.num_heads}."
+                f"{spec.num_kv_heads} KV heads; use {', '.join(usable)}."
             )
         if layer.ffn.intermediate_size % size:
             raise ConfigError(
                 f"tensor_parallel_size={size} doesn't divide the feed-forward width "
                 f"{layer.ffn.intermediate_size}; use a divisor of it."
             )
+        kv = max(spec.num_kv_heads, size)
         return dataclasses.replace(layer, attention=dataclasses.replace(spec, num_kv_heads=kv))
 
     return dataclasses.replace(config, layers=tuple(split(layer) for layer in config.layers))

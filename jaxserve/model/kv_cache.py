@@ -40,15 +40,3 @@ def allocate(
         return jnp.zeros(shape, dtype, device=sharding)
 
     return tuple((pages(i), pages(i)) for i in range(len(config.layers)))
-
-
-def write(cache: LayerCache, k: jax.Array, v: jax.Array, page: jax.Array, slot: jax.Array):
-    """Stores k and v [T, kv_heads, head_size] at (page, slot), each int32 [T]; in place if donated.
-
-    Returns:
-        The layer's new cache.
-    """
-    k_pages, v_pages = cache
-    k_pages = k_pages.at[page, :, slot].set(k.astype(k_pages.dtype))
-    v_pages = v_pages.at[page, :, slot].set(v.astype(v_pages.dtype))
-    return k_pages, v_pages

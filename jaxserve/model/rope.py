@@ -57,7 +57,7 @@ def _yarn(base: np.ndarray, theta: float, size: int, scaling: RopeScaling) -> np
 
 
 def cos_sin(spec: RopeSpec, positions: jax.Array, lengths: jax.Array) -> CosSin:
-    """Cosines and sines for ``apply``, each float32 [T, rotary_size / 2].
+    """Cosines and sines for ``rope_kv_write``, each float32 [T, rotary_size / 2].
 
     Args:
         positions: int32 [T].
@@ -77,13 +77,3 @@ def cos_sin(spec: RopeSpec, positions: jax.Array, lengths: jax.Array) -> CosSin:
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     factor = 1.0 if scaling is None else scaling.attention_factor
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def apply(x: jax.Array, cos_sin: CosSin) -> jax.Array:
-    """Rotates the first ``rotary_size`` dimensions of x [T, heads, head_size]."""
-    cos, sin = (part[:, None, :] for part in cos_sin)
-    half = cos.shape[-1]
-    first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)
-    first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate([part.astype(x.dtype) for part in rotated] + [rest], axis=-1)

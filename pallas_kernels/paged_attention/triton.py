@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.lowering import can_lower_triton
 from pallas_kernels.paged_attention.batch import AttentionBatch
 
 MASKED = -1e30
@@ -37,7 +38,7 @@ def paged_attention(
     interpret: bool = False,
 ) -> jax.Array:
     """See ``api.paged_attention``; ``interpret`` runs the kernels on a CPU, slowly."""
-    if jax.default_backend() != "gpu" and not interpret and not _lowering_for_gpu():
+    if not interpret and not can_lower_triton():
         raise NotImplementedError("the Triton kernels need a GPU")
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"the Triton kernels have no {q.dtype} version")
@@ -50,11 +51,6 @@ def paged_attention(
     if batch.tile_lane.shape[0]:
         q = _tiles(q, cache, batch, static, interpret)
     return _decode(q, cache, batch, static, interpret)
-
-
-def _lowering_for_gpu() -> bool:
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return device is not None and device.platform in ("cuda", "gpu")
 
 
 def _power_of_two(n: int) -> int:

@@ -1,0 +1,128 @@
+"""The op for NVIDIA GPUs, in Pallas with the Triton backend: one kernel instead of XLA's five.
+
+A program handles a few tokens of one KV head. It holds each head in two halves, the two that rotate
+together; a head without rotation is halved all the same.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from pallas_kernels.lowering import can_lower_triton
+from pallas_kernels.rope_kv_write.types import CosSin, HeadNorm, Result
+
+ROWS = 32
+"""Rows (tokens times heads) that a program handles at least, so that large steps need few."""
+
+
+def rope_kv_write(
+    qkv: jax.Array,
+    cos_sin: CosSin | None,
+    norm: HeadNorm | None,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page: jax.Array,
+    slot: jax.Array,
+    interpret: bool = False,
+) -> Result:
+    """See ``api.rope_kv_write``; ``interpret`` runs the kernel on a CPU, slowly."""
+    if not interpret and not can_lower_triton():
+        raise NotImplementedError("the Triton kernel needs a GPU")
+    tokens, kv_heads, parts, size = qkv.shape
+    if size % 2 or (cos_sin is not None and 2 * cos_sin[0].shape[1] != size):
+        raise NotImplementedError("the Triton kernel rotates whole heads of even size only")
+    members = 1 << (parts - 1).bit_length()
+    # Few tokens are spread over many programs; many tokens share one.
+    block = 1 if tokens <= 256 else max(1, ROWS // members)
+    optional = [*(cos_sin or ())] + ([norm.q_scale, norm.k_scale] if norm is not None else [])
+    inputs = [qkv, page, slot, *optional, k_pages, v_pages]
+    kernel = functools.partial(
+        _kernel,
+        tokens=tokens,
+        block=block,
+        members=members,
+        width=1 << (size // 2 - 1).bit_length(),
+        rotates=cos_sin is not None,
+        eps=None if norm is None else norm.eps,
+    )
+    pools = {len(inputs) - 2: 1, len(inputs) - 1: 2}
+    q, k_pages, v_pages = pl.pallas_call(
+        kernel,
+        name="rope_kv_write",
+        grid=(-(-tokens // block), kv_heads),
+        out_shape=[
+            jax.ShapeDtypeStruct((tokens, kv_heads * (parts - 2), size), qkv.dtype),
+            jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
+            jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
+        ],
+        input_output_aliases=pools,
+        interpret=interpret,
+        compiler_params=plt.CompilerParams(num_warps=1 if block == 1 else 4, num_stages=1),
+    )(*inputs)
+    return q, k_pages, v_pages
+
+
+def _kernel(qkv_ref, page_ref, slot_ref, *others, tokens, block, members, width, rotates, eps):
+    refs: list[Any] = list(others)
+    cos_sin_refs = [refs.pop(0) for _ in range(2 if rotates else 0)]
+    scale_refs = [refs.pop(0) for _ in range(0 if eps is None else 2)]
+    _, _, q_ref, k_ref, v_ref = refs
+    parts, size = qkv_ref.shape[2:]
+    half, group, rows = size // 2, parts - 2, block * members
+
+    head = pl.program_id(1)
+    token = pl.program_id(0) * block + lax.div(jnp.arange(rows), members)
+    member = lax.rem(jnp.arange(rows), members)
+    real = (token < tokens) & (member < parts)
+
+    def spread(values):
+        return jnp.broadcast_to(values[:, None], (rows, width))
+
+    column = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
+    exists = spread(real) & (column < half)
+    heads = jnp.full((rows, width), head)
+    index = spread(token), heads, spread(member)
+    first = plt.load(qkv_ref.at[*index, column], mask=exists, other=0)
+    second = plt.load(qkv_ref.at[*index, column + half], mask=exists, other=0)
+    dtype, is_value = first.dtype, spread(member == parts - 1)
+
+    a, b = first.astype(jnp.float32), second.astype(jnp.float32)
+    if eps is not None:
+        mean = (jnp.sum(a * a, 1) + jnp.sum(b * b, 1)) / size
+        factor = lax.rsqrt(mean + eps)[:, None]
+        is_key = spread(member >= group)
+        a = _scaled(a * factor, scale_refs, column, exists, is_key, dtype)
+        b = _scaled(b * factor, scale_refs, column + half, exists, is_key, dtype)
+    if rotates:
+        cos, sin = (
+            plt.load(ref.at[spread(token), column], mask=exists, other=0) for ref in cos_sin_refs
+        )
+        a, b = a * cos - b * sin, b * cos + a * sin
+    a = jnp.where(is_value, first, a.astype(dtype))
+    b = jnp.where(is_value, second, b.astype(dtype))
+
+    is_query = exists & spread(member < group)
+    query = spread(token), spread(head * group + member)
+    plt.store(q_ref.at[*query, column], a, mask=is_query)
+    plt.store(q_ref.at[*query, column + half], b, mask=is_query)
+    page = plt.load(page_ref.at[token], mask=real, other=0)
+    slot = plt.load(slot_ref.at[token], mask=real, other=0)
+    for ref, which in ((k_ref, group), (v_ref, group + 1)):
+        mask = exists & spread(member == which)
+        # Masked rows point to the padding page: the interpreter lets them write, old values.
+        place = spread(jnp.where(member == which, page, 0)), heads, spread(slot)
+        plt.store(ref.at[*place, column], a.astype(ref.dtype), mask=mask)
+        plt.store(ref.at[*place, column + half], b.astype(ref.dtype), mask=mask)
+
+
+def _scaled(x, scale_refs, column, exists, is_key, dtype):
+    """x in float32 after rounding to ``dtype`` and scaling there, as the plain norm does."""
+    q_scale, k_scale = (plt.load(ref.at[column], mask=exists, other=0) for ref in scale_refs)
+    return (x.astype(dtype) * jnp.where(is_key, k_scale, q_scale)).astype(jnp.float32)
