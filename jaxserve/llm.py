@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -263,14 +263,14 @@ class LLM:
             salt = prompt.get("cache_salt", "")
         else:
             ids = prompt
-        if ids is None:
-            if not isinstance(text, str):
-                message = 'A prompt is a text, a list of token ids, or {"prompt": ...}.'
-                raise InvalidRequestError(message, "prompt")
+        if ids is None and isinstance(text, str):
             if self._tokenizer is None:
                 message = "Without a tokenizer a prompt must be a list of token ids."
                 raise InvalidRequestError(message, "prompt")
             ids = self._tokenizer.encode(text)
+        if not isinstance(ids, Sequence):
+            message = 'A prompt is a text, a list of token ids, or {"prompt": ...}.'
+            raise InvalidRequestError(message, "prompt")
         return text, list(ids), salt
 
     def _run(
@@ -317,7 +317,7 @@ def _next_seed(seed: int, index: int) -> int:
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list."""
-    if isinstance(prompts, str | dict):
+    if isinstance(prompts, str | dict) or not isinstance(prompts, Iterable):
         return [prompts]
     items: list[Any] = list(prompts)
     if items and isinstance(items[0], int):

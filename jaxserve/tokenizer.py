@@ -101,7 +101,7 @@ class TextStream:
         self._pending.append(token_id)
         before = self._tokenizer.decode(self._context, self._skip)
         after = self._tokenizer.decode(self._context + self._pending, self._skip)
-        if after.endswith(REPLACEMENT) and len(self._pending) < 2 * MAX_CHARACTER_TOKENS:
+        if after.endswith(REPLACEMENT):
             return ""
         self._context, self._pending = (self._context + self._pending)[-CONTEXT:], []
         return after[len(before) :]
@@ -154,11 +154,15 @@ def _whole_characters(
 ) -> tuple[list[int], list[int]]:
     """The prompt's last tokens as (whole characters, the rest of a character cut in two).
 
-    A stream that starts inside a character would give out prompt text once it is completed.
+    A stream that starts inside a character would give out prompt text once it is completed. So
+    would one whose context ends with U+FFFD, even a real one: such a prompt gives no context.
     """
     tail = list(prompt_ids[-(CONTEXT + MAX_CHARACTER_TOKENS) :])
+    real = tokenizer.encode(REPLACEMENT, add_special_tokens=False)
     for cut in range(min(MAX_CHARACTER_TOKENS, len(tail)) + 1):
-        whole = tail[: len(tail) - cut]
+        whole, rest = tail[: len(tail) - cut], tail[len(tail) - cut :]
         if not tokenizer.decode(whole, skip_special_tokens).endswith(REPLACEMENT):
-            return whole[-CONTEXT:], tail[len(tail) - cut :]
-    return tail[-CONTEXT:], []
+            return whole[-CONTEXT:], rest
+        if whole[-len(real) :] == real:
+            return [], rest
+    return [], []

@@ -53,6 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "jaxserve.demo": (*JAX, "optax", "tokenizers", "safetensors", "jaxserve.demo"),
     "jaxserve.llm": ANYTHING,
     "jaxserve.__main__": ANYTHING,
+    "jaxserve.cli": ANYTHING,
     "pallas_kernels": ("jax", "numpy", "pallas_kernels"),
     "converters": (
         *(*JAX, *BASICS, *MODEL, "jaxserve.config", "converters"),

@@ -199,7 +199,8 @@ class Packer:
         fields["forbidden"][:] = -1
         for lane, item in enumerate(scheduled):
             if item.output_index < item.request.params.min_tokens:
-                ids = sorted(item.request.stop_token_ids)
+                # One that finds no place may be chosen, but doesn't end the output either.
+                ids = sorted(item.request.stop_token_ids)[:MAX_FORBIDDEN]
                 fields["forbidden"][lane, : len(ids)] = ids
 
     def _set_row(self, row: int, request: Request) -> None:

@@ -10,6 +10,7 @@ from jaxserve.model.config import AttentionSpec
 from jaxserve.model.inputs import StepInputs
 from jaxserve.model.params import Param, Params, prefixed
 from jaxserve.quant import linear
+from pallas_kernels.fused_linear import RMSNorm
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
 
@@ -38,23 +39,24 @@ def apply(
     spec: AttentionSpec,
     params: Params,
     x: jax.Array,
+    norm: RMSNorm | None,
     cache: kv_cache.LayerCache,
     inputs: StepInputs,
     cos_sin: rope.CosSin | None,
 ) -> tuple[jax.Array, kv_cache.LayerCache]:
-    """Attends from x [T, hidden] to all earlier tokens of each request.
+    """Attends from x [T, hidden], normalized first by ``norm``, to each request's tokens so far.
 
     Returns:
         The output [T, hidden] and the layer's cache with this step's keys and values written.
     """
-    qkv = linear(x, params["qkv"])
+    qkv = linear(x, params["qkv"], norm)
     if spec.qkv_bias:
         qkv = qkv + params["qkv_bias"]
-    norm = None
+    head_norm = None
     if spec.qk_norm is not None:
-        norm = HeadNorm(params["q_norm/scale"], params["k_norm/scale"], spec.qk_norm.eps)
+        head_norm = HeadNorm(params["q_norm/scale"], params["k_norm/scale"], spec.qk_norm.eps)
     q, k_pages, v_pages = rope_kv_write(
-        qkv, cos_sin, norm, *cache, inputs.write_page, inputs.write_slot
+        qkv, cos_sin, head_norm, *cache, inputs.write_page, inputs.write_slot
     )
     o = paged_attention(
         q,

@@ -16,6 +16,7 @@ from jaxserve.model.inputs import StepInputs
 from jaxserve.model.kv_cache import KVCache, LayerCache
 from jaxserve.model.params import Param, Params, prefixed, under
 from jaxserve.quant import linear
+from pallas_kernels.fused_linear import RMSNorm
 
 
 def declare(config: ModelConfig) -> dict[str, Param]:
@@ -124,17 +125,27 @@ def _layer(
     inputs: StepInputs,
     cos_sin: rope.CosSin | None,
 ) -> tuple[jax.Array, LayerCache]:
-    def norm(which: str, h: jax.Array) -> jax.Array:
+    def before(which: str, h: jax.Array) -> tuple[jax.Array, RMSNorm | None]:
+        """What a half of the layer reads: RMSNorm is left to its first matrix product."""
+        if layer.norm_order == "post":
+            return h, None
+        if layer.norm.kind == "rms":
+            return h, RMSNorm(weights[f"{which}/scale"], layer.norm.eps)
+        return norms.apply(layer.norm, under(which, weights), h), None
+
+    def after(which: str, h: jax.Array) -> jax.Array:
+        if layer.norm_order == "pre":
+            return h
         return norms.apply(layer.norm, under(which, weights), h)
 
-    pre = layer.norm_order == "pre"
-    h = norm("attention_norm", x) if pre else x
+    h, norm = before("attention_norm", x)
     h, cache = attention.apply(
-        layer.attention, under("attention", weights), h, cache, inputs, cos_sin
+        layer.attention, under("attention", weights), h, norm, cache, inputs, cos_sin
     )
-    x = x + h if pre else norm("attention_norm", x + h)
-    h = ffn.apply(layer.ffn, under("ffn", weights), norm("ffn_norm", x) if pre else x)
-    return (x + h if pre else norm("ffn_norm", x + h)), cache
+    x = after("attention_norm", x + h)
+    h, norm = before("ffn_norm", x)
+    h = ffn.apply(layer.ffn, under("ffn", weights), h, norm)
+    return after("ffn_norm", x + h), cache
 
 
 def _logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:

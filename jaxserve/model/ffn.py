@@ -11,6 +11,7 @@ from jaxserve.distributed import reduce_sum
 from jaxserve.model.config import MLPSpec
 from jaxserve.model.params import Param, Params
 from jaxserve.quant import linear
+from pallas_kernels.fused_linear import RMSNorm, fused_linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -33,12 +34,15 @@ def declare(spec: MLPSpec, hidden_size: int) -> dict[str, Param]:
     return tree
 
 
-def apply(spec: MLPSpec, params: Params, x: jax.Array) -> jax.Array:
-    """Maps x [T, hidden] to [T, hidden]."""
-    up = linear(x, params["up"])
-    if spec.bias:
-        up = up + params["up_bias"]
-    activation = ACTIVATIONS[spec.activation]
-    h = activation(up[:, 0]) * up[:, 1] if spec.gated else activation(up[:, 0])
+def apply(spec: MLPSpec, params: Params, x: jax.Array, norm: RMSNorm | None) -> jax.Array:
+    """Maps x [T, hidden], normalized first by ``norm``, to [T, hidden]."""
+    if spec.gated and spec.activation == "silu" and not spec.bias:
+        h = fused_linear(x, params["up"], norm=norm, silu_gated=True)
+    else:
+        up = linear(x, params["up"], norm)
+        if spec.bias:
+            up = up + params["up_bias"]
+        activation = ACTIVATIONS[spec.activation]
+        h = activation(up[:, 0]) * up[:, 1] if spec.gated else activation(up[:, 0])
     out = reduce_sum(linear(h, params["down"]))
     return out + params["down_bias"] if spec.bias else out

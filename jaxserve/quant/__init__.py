@@ -7,13 +7,21 @@ import math
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.fused_linear import RMSNorm, fused_linear
 
-def linear(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None) -> jax.Array:
+
+def linear(
+    x: jax.Array,
+    w: jax.Array,
+    norm: RMSNorm | None = None,
+    out_dtype: jnp.dtype | None = None,
+) -> jax.Array:
     """Multiplies x [T, inputs...] by a weight [outputs..., inputs...], summed in float32.
 
     Args:
         x: [T, inputs...], one or more input axes.
         w: its trailing axes are x's input axes.
+        norm: applied to x first; only where it has one input axis.
         out_dtype: dtype of the result; x's by default.
 
     Returns:
@@ -28,6 +36,8 @@ def linear(x: jax.Array, w: jax.Array, out_dtype: jnp.dtype | None = None) -> ja
         raise ValueError(f"x {x.shape} doesn't fit the weight {w.shape}")
     # Two dimensions are what matrix-product kernels are tuned for.
     size = math.prod(inputs)
+    if norm is not None:
+        return fused_linear(x, w.reshape(-1, size), norm=norm).reshape(x.shape[0], *outputs)
     y = jax.lax.dot_general(
         x.reshape(-1, size),
         w.reshape(-1, size),

@@ -11,18 +11,23 @@ import numpy as np
 
 
 def greedy(directory: Path, prompts: Sequence[Sequence[int]], num_tokens: int) -> list[list[int]]:
-    """The next ``num_tokens`` greedy tokens of each prompt; end tokens don't end them."""
+    """The next ``num_tokens`` greedy tokens of each prompt; end tokens don't end them.
+
+    Prompts of equal length are computed together; nothing is ever padded.
+    """
     import torch
     import transformers
 
+    torch.set_num_threads(1)  # these models are too small to share among cores
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.eval()
-    outputs = []
+    outputs: dict[int, list[int]] = {}
     with torch.no_grad():
-        for prompt in prompts:
+        for length in sorted({len(prompt) for prompt in prompts}):
             # A fresh copy: dynamic rope leaves the frequencies of the last prompt in the model.
             fresh = copy.deepcopy(model)
-            ids = torch.tensor([list(prompt)])
+            alike = [index for index, prompt in enumerate(prompts) if len(prompt) == length]
+            ids = torch.tensor([list(prompts[index]) for index in alike])
             out = fresh.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),
@@ -32,16 +37,24 @@ def greedy(directory: Path, prompts: Sequence[Sequence[int]], num_tokens: int) -
                 eos_token_id=None,
                 pad_token_id=0,
             )
-            outputs.append(out[0, len(prompt) :].tolist())
-    return outputs
+            outputs |= dict(zip(alike, out[:, length:].tolist(), strict=True))
+    return [outputs[index] for index in range(len(prompts))]
 
 
 def random_prompts(
-    count: int, vocab_size: int, seed: int, lengths: tuple[int, int] = (1, 60)
+    count: int,
+    vocab_size: int,
+    seed: int,
+    lengths: tuple[int, int] = (1, 60),
+    distinct: int | None = None,
 ) -> list[list[int]]:
-    """Prompts of random ids and random lengths."""
+    """Prompts of random ids and random lengths, of which at most ``distinct`` differ."""
     rng = np.random.default_rng(seed)
-    return [rng.integers(3, vocab_size, rng.integers(*lengths)).tolist() for _ in range(count)]
+    several = [int(rng.integers(*lengths)) for _ in range(distinct or count)]
+    return [
+        rng.integers(3, vocab_size, several[index % len(several)]).tolist()
+        for index in range(count)
+    ]
 
 
 def make_llama(directory: Path, seed: int = 0, **settings: Any) -> Path:

@@ -1,0 +1,151 @@
+"""Programs: compiled in the background or on demand, once; errors reach whoever asks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxserve.engine.programs import Lower, Programs, compile_events
+from jaxserve.engine.stats import Stats
+from jaxserve.errors import EngineClosedError
+
+
+def lowering(add: int) -> Lower:
+    """A small program that adds a number."""
+    return lambda: jax.jit(lambda x: x + add).lower(jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def failing() -> Any:
+    raise ValueError("too large")
+
+
+class Gate:
+    """A lowering that waits until it is opened."""
+
+    def __init__(self) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+
+    def __call__(self) -> Any:
+        self.entered.set()
+        assert self.open.wait(30)
+        return lowering(0)()
+
+
+def test_get_compiles_on_demand_and_once() -> None:
+    stats = Stats()
+    programs = Programs({index: lowering(index) for index in range(3)}, stats)
+    assert not programs.ready(1)
+    program = programs.get(1)
+    assert programs.ready(1)
+    assert program(jnp.int32(5)) == 6
+    assert programs.get(1) is program
+    assert stats.compilations == {"late": 1}
+
+
+def test_started_all_get_ready_in_the_given_order() -> None:
+    stats, order = Stats(), []
+
+    def noted(index: int) -> Lower:
+        def lower() -> Any:
+            order.append(index)
+            return lowering(index)()
+
+        return lower
+
+    programs = Programs({index: noted(index) for index in (2, 0, 1)}, stats)
+    programs.start(threads=1)
+    seen: list[tuple[int, int]] = []
+    programs.wait(lambda done, total: seen.append((done, total)))
+    assert order == [2, 0, 1]
+    assert seen[-1] == (3, 3)
+    assert seen == sorted(set(seen))
+    assert stats.compilations == {"warmup": 3}
+    assert all(programs.get(index)(jnp.int32(1)) == index + 1 for index in range(3))
+    assert programs.temp_bytes >= 0
+
+
+def test_get_does_not_wait_for_programs_that_are_compiled_before() -> None:
+    gate = Gate()
+    programs = Programs({"slow": gate, "other": lowering(1)}, Stats())
+    programs.start(threads=1)
+    assert gate.entered.wait(30)
+    assert programs.get("other")(jnp.int32(1)) == 2
+    assert not programs.ready("slow")
+    gate.open.set()
+    programs.wait()
+    assert programs.ready("slow")
+
+
+def test_get_waits_for_the_thread_that_compiles_it() -> None:
+    gate, stats = Gate(), Stats()
+    programs = Programs({"slow": gate}, stats)
+    programs.start(threads=1)
+    assert gate.entered.wait(30)
+    threading.Timer(0.05, gate.open.set).start()
+    assert programs.get("slow")(jnp.int32(1)) == 1
+    assert stats.compilations == {"warmup": 1}
+
+
+def test_errors_reach_get_every_time_and_the_others_go_on() -> None:
+    stats = Stats()
+    programs = Programs({"bad": failing, "good": lowering(1)}, stats)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="too large"):
+            programs.get("bad")
+    assert programs.get("good")(jnp.int32(1)) == 2
+    assert stats.compilations == {"late": 1}
+
+
+def test_errors_of_the_background_reach_wait_and_get() -> None:
+    programs = Programs({"good": lowering(1), "bad": failing}, Stats())
+    programs.start(threads=2)
+    with pytest.raises(ValueError, match="too large"):
+        programs.wait()
+    with pytest.raises(ValueError, match="too large"):
+        programs.get("bad")
+
+
+def test_close_drops_what_is_not_compiled_yet_and_waits_for_what_is() -> None:
+    gate, stats = Gate(), Stats()
+    programs = Programs({"slow": gate, "never": failing}, stats)
+    programs.start(threads=1)
+    assert gate.entered.wait(30)
+    threading.Timer(0.05, gate.open.set).start()
+    programs.close()
+    assert stats.compilations == {"warmup": 1}
+    assert not programs.ready("slow")
+    programs.close()
+
+
+def test_nobody_waits_for_a_program_that_close_dropped() -> None:
+    gate = Gate()
+    programs = Programs({"slow": gate, "never": lowering(1)}, Stats())
+    programs.start(threads=1)
+    assert gate.entered.wait(30)
+    threading.Timer(0.05, gate.open.set).start()
+    programs.close()
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            programs.get("never")
+        except BaseException as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(5)
+    assert not asking.is_alive()
+    assert [type(error) for error in errors] == [EngineClosedError]
+
+
+def test_compilations_of_the_process_are_counted() -> None:
+    before = compile_events()["compilations"]
+    jax.jit(lambda x: x * time.time())(jnp.zeros(17))
+    assert compile_events()["compilations"] > before
+    assert compile_events() is compile_events()

@@ -1,0 +1,160 @@
+"""After warm-up nothing is compiled, and a second engine finds the programs of the first."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxserve import LLM, ConfigError, SamplingParams
+from jaxserve.engine.programs import compile_events
+from tests.helpers.checkpoints import VOCAB_SIZE, make_checkpoint
+from tests.helpers.engines import Job, drive, greedy_params
+from tests.helpers.hf import make_llama, random_prompts
+
+SIZES = {
+    "skip_tokenizer_init": True,
+    "use_tqdm": False,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 16,
+    "block_size": 8,
+}
+NUM_PROGRAMS = 11  # forward for 3 buckets; 3 samplers for 1 and 4 lanes; two that write state
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("llama"), "llama-gqa")
+
+
+def varied_workload(count: int) -> list[Job]:
+    """Every sampler, prompts shorter and much longer than a step, arrivals alone and together."""
+    rng = np.random.default_rng(0)
+    kinds = [
+        SamplingParams(max_tokens=40, seed=1, top_p=0.9),
+        SamplingParams(max_tokens=9, seed=2, repetition_penalty=1.2, logprobs=3),
+        greedy_params(60),
+        greedy_params(3, min_tokens=2),
+    ]
+    lengths = [1, 2, 15, 16, 17, 100, 200]
+    jobs = []
+    for index in range(count):
+        prompt = rng.integers(3, VOCAB_SIZE, lengths[index % len(lengths)]).tolist()
+        params = kinds[index % len(kinds)]
+        jobs.append(Job(prompt, params, int(rng.integers(60)), 70 if index % 9 == 8 else None))
+    return jobs
+
+
+def test_nothing_is_compiled_after_warm_up(directory: Path) -> None:
+    """Neither by the engine nor behind its back, by an array operation on the host's side."""
+    with LLM(str(directory), max_model_len=256, num_gpu_blocks_override=34, **SIZES) as llm:
+        assert llm.stats.compilations == {"warmup": NUM_PROGRAMS}
+        before = compile_events()["compilations"]
+        drive(llm._engine, varied_workload(40))
+        llm.generate(random_prompts(9, VOCAB_SIZE, 1), greedy_params(5), use_tqdm=False)
+        assert compile_events()["compilations"] == before
+        assert llm.stats.compilations == {"warmup": NUM_PROGRAMS}
+        assert llm.stats.preemptions > 0
+
+
+def test_without_warm_up_programs_are_compiled_when_needed_and_once(directory: Path) -> None:
+    with LLM(str(directory), enforce_eager=True, **SIZES) as llm:
+        assert llm.stats.compilations == {}
+        llm.generate([[5, 6, 7]], greedy_params(5), use_tqdm=False)
+        compiled = dict(llm.stats.compilations)
+        assert compiled == {"late": 2}
+        llm.generate([[5, 6, 7]], greedy_params(5), use_tqdm=False)
+        assert llm.stats.compilations == compiled
+
+
+def test_background_warm_up_serves_before_all_is_compiled(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What isn't urgent is held back here until some tokens have come."""
+    from jaxserve.engine.runner import Runner
+
+    held_back = True
+    count_tokens = Runner._lower_count_tokens
+
+    def slow(self: Runner):
+        while held_back:
+            time.sleep(0.01)
+        return count_tokens(self)
+
+    monkeypatch.setattr(Runner, "_lower_count_tokens", slow)
+    with LLM(str(directory), warmup="background", **SIZES) as llm:
+        (output,) = llm.generate([[5, 6, 7]], greedy_params(5), use_tqdm=False)
+        assert len(output.outputs[0].token_ids) == 5
+        assert not llm._runner.programs.ready(("count_tokens",))
+        held_back = False
+        llm._runner.programs.wait()
+        assert llm.stats.compilations == {"warmup": NUM_PROGRAMS}
+        before = compile_events()["compilations"]
+        drive(llm._engine, varied_workload(12))
+        assert compile_events()["compilations"] == before
+
+
+def test_closing_during_background_warm_up_does_not_hang(directory: Path) -> None:
+    llm = LLM(str(directory), warmup="background", **SIZES)
+    llm.close()
+    assert not llm.config.enforce_eager
+
+
+def test_warmup_has_two_modes(directory: Path) -> None:
+    with pytest.raises(ConfigError, match='warmup=\'some\' must be "full" or "background"'):
+        LLM(str(directory), warmup="some", **SIZES)
+
+
+PROGRAM = """
+import json, sys
+import jax.numpy as jnp
+(jnp.ones(3) * 2).block_until_ready()  # JAX was used before, without a cache
+from jaxserve import LLM
+from jaxserve.engine.programs import compile_events
+directory, *caches = sys.argv[1:]
+hits = []
+for cache in caches:
+    before = compile_events()["cache_hits"]
+    sizes = dict(max_num_seqs=1, max_num_batched_tokens=8, skip_tokenizer_init=True)
+    with LLM(directory, use_tqdm=False, compilation_cache_dir=cache, **sizes) as llm:
+        hits.append(compile_events()["cache_hits"] - before)
+print(json.dumps(hits))
+"""
+
+
+def test_programs_are_kept_for_the_next_engine_and_the_next_process(
+    tmp_path: Path,
+) -> None:
+    """Two engines in a process, the second with a cache folder of its own, then a new process."""
+
+    def hits(*caches: Path) -> list[int]:
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith("JAX_COMPILATION_CACHE")
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(directory), *map(str, caches)],
+            env=environment | {"XLA_FLAGS": ""},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return json.loads(done.stdout.splitlines()[-1])
+
+    directory = make_llama(tmp_path / "llama", num_hidden_layers=1)
+    num_programs = 2 + 3 + 2  # forward for two buckets of one lane; its samplers; the rest
+    one, two = tmp_path / "one", tmp_path / "two"
+    first = hits(one, two, two)
+    assert first[:2] == [0, 0]
+    assert first[2] >= num_programs - 1  # JAX itself remembers the one that has no model in it
+    assert any(one.iterdir())
+    assert any(two.iterdir())
+    assert hits(one)[0] >= num_programs
+    assert one.stat().st_mode & 0o077 == 0
