@@ -293,7 +293,8 @@ class LLM:
                     text = ""
                     if update.token_id is not None:
                         tokens += 1
-                        text = generation.append(update.token_id, update.logprobs)
+                        stops = update.finish_reason is FinishReason.STOP
+                        text = generation.append(update.token_id, update.logprobs, stops)
                     if generation.output.finished():
                         engine.abort(update.request.request_id, FinishReason.STOP)
                     elif update.finish_reason is not None:

@@ -96,14 +96,23 @@ class Generation:
         if params.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
 
-    def append(self, token_id: int, logprobs: TokenLogprobs | None) -> str:
-        """Takes the next token; returns the text that it adds. A stop string ends the output."""
+    def append(self, token_id: int, logprobs: TokenLogprobs | None, stops: bool = False) -> str:
+        """Takes the next token; returns the text that it adds. A stop string ends the output.
+
+        Args:
+            token_id, logprobs: the token.
+            stops: it is the end token or stop token that ends the output; like a stop string, it
+                adds no text unless ``include_stop_str_in_output``.
+        """
         self.output.token_ids.append(token_id)
         if logprobs is not None:
             self._append_logprobs(logprobs)
-        if self._stream is None:
+        params = self.request.params
+        if self._stream is None or (stops and not params.include_stop_str_in_output):
             return ""
-        text = self._stop.feed(self._stream.feed(token_id))
+        text = self._stream.feed(token_id)
+        if len(self.output.token_ids) > params.min_tokens:
+            text = self._stop.feed(text)
         if self._stop.matched is not None:
             self.output.finish_reason = str(FinishReason.STOP)
             self.output.stop_reason = self._stop.matched

@@ -54,6 +54,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "jaxserve.llm": ANYTHING,
     "jaxserve.__main__": ANYTHING,
     "jaxserve.cli": ANYTHING,
+    "jaxserve.bench": ANYTHING,
     "pallas_kernels": ("jax", "numpy", "pallas_kernels"),
     "converters": (
         *(*JAX, *BASICS, *MODEL, "jaxserve.config", "converters"),

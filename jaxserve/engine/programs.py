@@ -85,9 +85,10 @@ class Programs:
         self._started = False
 
     def start(self, threads: int | None = None) -> None:
-        """Starts compiling everything in the background."""
+        """Starts compiling everything in the background; by default with half the cores, since
+        XLA's compiler runs threads of its own."""
         self._started = True
-        for _ in range(threads or min(8, os.cpu_count() or 1)):
+        for _ in range(threads or max(1, min(8, (os.cpu_count() or 1) // 2))):
             thread = threading.Thread(target=self._work, name="jaxserve-compile", daemon=True)
             thread.start()
             self._threads.append(thread)

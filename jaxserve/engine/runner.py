@@ -27,7 +27,14 @@ from jaxserve.engine.stats import Stats
 from jaxserve.model import decoder, kv_cache
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.params import Params
-from jaxserve.sampling.sample import Sampled, SamplerState, Variant, count_tokens, sample
+from jaxserve.sampling.sample import (
+    VARIANTS,
+    Sampled,
+    SamplerState,
+    Variant,
+    count_tokens,
+    sample,
+)
 
 COUNT_PIECE = 512
 """Tokens that one call of ``count_tokens`` enters."""
@@ -113,8 +120,7 @@ class Runner:
         """Starts a step on the devices without waiting for it."""
         scheduled = decision.scheduled
         num_tokens = decision.num_tokens
-        variant = _variant(scheduled)
-        bucket = self._choose(len(scheduled), num_tokens, variant)
+        bucket, variant = self._choose(len(scheduled), num_tokens, _variant(scheduled))
         layout = self._layouts[bucket]
         updates = batch.table_updates(decision)
         early = [
@@ -194,14 +200,16 @@ class Runner:
 
     # --- dispatching --------------------------------------------------------------------------
 
-    def _choose(self, lanes: int, tokens: int, variant: Variant) -> Bucket:
-        """The smallest bucket that fits, among those that are compiled if there is one."""
+    def _choose(self, lanes: int, tokens: int, variant: Variant) -> tuple[Bucket, Variant]:
+        """The smallest bucket that fits and the least sampler that does, of those compiled."""
         fitting = [bucket for bucket in self._layouts if bucket.fits(lanes, tokens)]
+        able = VARIANTS[VARIANTS.index(variant) :]
         for bucket in fitting:
-            keys = ("forward", bucket), ("sample", bucket.lanes, variant)
-            if all(self.programs.ready(key) for key in keys):
-                return bucket
-        return fitting[0]
+            if self.programs.ready(("forward", bucket)):
+                for better in able:
+                    if self.programs.ready(("sample", bucket.lanes, better)):
+                        return bucket, better
+        return fitting[0], variant
 
     def _write_table(self, updates: np.ndarray) -> None:
         padded = np.full((TABLE_PIECE, 3), self._rows, np.int32)
@@ -216,16 +224,15 @@ class Runner:
         mixed = next(bucket for bucket in self._layouts if not bucket.decode_only)
         for bucket in (mixed, next(iter(self._layouts))):
             yield ("forward", bucket)
-            yield ("sample", bucket.lanes, "greedy")
+            yield ("sample", bucket.lanes, "sample")  # it does greedy lanes too
 
     def _lowerings(self) -> dict[Hashable, Any]:
         """Every program that can be needed, most urgent first."""
         lowerings: dict[Hashable, Any] = {}
         urgent = list(self._urgent_keys())
-        variants: tuple[Variant, ...] = ("greedy", "sample", "logprobs")
         for bucket in self._layouts:
             lowerings["forward", bucket] = functools.partial(self._lower_forward, bucket)
-            for variant in variants:
+            for variant in VARIANTS:
                 key = ("sample", bucket.lanes, variant)
                 lowerings[key] = functools.partial(self._lower_sample, bucket, variant)
         lowerings["count_tokens",] = self._lower_count_tokens

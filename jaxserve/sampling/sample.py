@@ -15,6 +15,9 @@ from jaxserve.sampling.params import MAX_LOGPROBS
 Variant = Literal["greedy", "sample", "logprobs"]
 """What a step's lanes need at most: only argmax; any sampling setting; log-probabilities too."""
 
+VARIANTS: tuple[Variant, ...] = ("greedy", "sample", "logprobs")
+"""Each does what those before it do, with the same tokens."""
+
 BAD_ROW = -1
 """The token of a lane whose logits held NaN or left nothing to choose."""
 
