@@ -89,6 +89,7 @@ class LLM:
         )
         if not config.enforce_eager:
             _warm_up(self._runner, self.memory, warmup == "full", use_tqdm)
+        self._runner.allocate()
         self._num_requests = 0
 
     # --- generating -----------------------------------------------------------------------------
@@ -371,6 +372,7 @@ def _make_engine(
         eos_token_ids=checkpoint.eos_token_ids,
         dynamic_rope_len=model.dynamic_rope_len,
         seed=config.seed,
+        run_ahead=1 if facts.platform == "cpu" else 2,
     )
     return config, memory, runner, engine
 

@@ -176,8 +176,8 @@ class Packer:
             fields[name][:] = array
         fields["prompt_len"][:count] = [s.request.num_prompt_tokens for s in scheduled]
 
-        fields["table_updates"][:, 0] = layout.rows  # unused cells are dropped
-        fields["table_updates"][: len(table_updates)] = table_updates
+        cells = padded_updates(table_updates, layout.num_table_updates, layout.rows)
+        fields["table_updates"][:] = cells
         self._pack_sampling(fields, decision, rows, layout.rows)
         return packed
 
@@ -218,6 +218,13 @@ def table_updates(decision: Decision) -> np.ndarray:
         for offset, page in enumerate(item.new_pages)
     ]
     return np.array(cells, np.int32).reshape(-1, 3)
+
+
+def padded_updates(updates: np.ndarray, count: int, rows: int) -> np.ndarray:
+    """Page-table cells int32 [count, 3]; those added go to a row that doesn't exist."""
+    padded = np.full((count, 3), rows, np.int32)
+    padded[: len(updates)] = updates
+    return padded
 
 
 # --- on the device ------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Engine: admits requests and carries out one step after the other, one step ahead of the device.
+"""Engine: admits requests and carries out one step after the other, ahead of the device.
 
 add → scheduler.schedule → runner.dispatch → (one step later) runner.collect → scheduler.update
 """
@@ -6,6 +6,7 @@ add → scheduler.schedule → runner.dispatch → (one step later) runner.colle
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -45,6 +46,10 @@ class Engine:
         dynamic_rope_len: prompts longer than this share no prefixes with prompts of other lengths,
             since their keys depend on the length (see ``rope.cos_sin``); None if never.
         seed: mixed into the seeds of requests that bring none.
+        run_ahead: steps that are started before the results of an earlier one are waited for. One
+            hides the host's work between steps; two also hide the launching of a step, which takes
+            about as long as a small model's step on a GPU. Each costs a request that ends one
+            surplus token.
 
     Raises:
         ConfigError: the pages can't hold one sequence of ``max_model_len`` tokens, so a request
@@ -61,6 +66,7 @@ class Engine:
         eos_token_ids: Sequence[int] = (),
         dynamic_rope_len: int | None = None,
         seed: int = 0,
+        run_ahead: int = 1,
     ) -> None:
         allocator = scheduler.allocator
         needed = allocator.pages_for(max_model_len)
@@ -79,12 +85,13 @@ class Engine:
         self._seed = seed
         self._num_added = 0
         self._runner: Runner | None = runner
-        self._in_flight: tuple[Decision, Any] | None = None
+        self._in_flight: deque[tuple[Decision, Any]] = deque()
+        self._run_ahead = run_ahead
 
     @property
     def has_unfinished_requests(self) -> bool:
         """Whether ``step`` still has something to do."""
-        return bool(self.scheduler.requests) or self._in_flight is not None
+        return bool(self.scheduler.requests or self._in_flight)
 
     def add(
         self,
@@ -130,29 +137,30 @@ class Engine:
         self.scheduler.abort(request_id, reason)
 
     def step(self) -> list[RequestUpdate]:
-        """Starts the next step, then waits for the one before it.
+        """Starts the next step, then waits for the one ``run_ahead`` steps before it.
 
         Returns:
-            The news of that earlier step; empty while the first step runs.
+            The news of that earlier step; empty while the first steps run.
         """
         if self._runner is None:
             raise EngineClosedError("this engine was closed; make a new one")
         decision = self.scheduler.schedule()
-        before, self._in_flight = self._in_flight, None
         if decision.scheduled:
-            self._in_flight = (decision, self._runner.dispatch(decision))
-        elif before is None and self.scheduler.requests:
-            raise RuntimeError("no request can be scheduled and none is running")
-        if before is None:
+            self._in_flight.append((decision, self._runner.dispatch(decision)))
+            if len(self._in_flight) <= self._run_ahead:
+                return []
+        elif not self._in_flight:
+            if self.scheduler.requests:
+                raise RuntimeError("no request can be scheduled and none is running")
             return []
-        finished, handle = before
+        finished, handle = self._in_flight.popleft()
         return self.scheduler.update(finished, self._runner.collect(handle))
 
     def close(self) -> None:
         """Aborts all requests and frees the device's memory. Safe to call twice."""
         for request_id in list(self.scheduler.requests):
             self.scheduler.abort(request_id)
-        self._in_flight = None
+        self._in_flight.clear()
         if self._runner is not None:
             self._runner.close()
             self._runner = None

@@ -1,16 +1,13 @@
-"""Owns the weights, the KV cache and the compiled programs; carries out decisions on the devices.
+"""Owns the weights, the device state and the compiled programs; carries out decisions.
 
-Two programs make a step: ``forward``, to the logits of the sampled tokens, and ``sample``. Both are
-compiled per bucket, ahead of time, with fixed shapes; state passes from step to step on the device.
+Programs are compiled per bucket, ahead of time, with fixed shapes; see ``step.py``.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
@@ -18,28 +15,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.config import ResolvedConfig
-from jaxserve.distributed import TENSOR
-from jaxserve.engine import batch
+from jaxserve.engine import batch, step
 from jaxserve.engine.batch import Bucket, Layout, Packer
 from jaxserve.engine.programs import Programs, Progress
 from jaxserve.engine.request import Decision, SampledToken, ScheduledRequest, TokenLogprobs
 from jaxserve.engine.stats import Stats
-from jaxserve.model import decoder, kv_cache
+from jaxserve.engine.step import StepPrograms, StepState
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.params import Params
-from jaxserve.sampling.sample import (
-    VARIANTS,
-    Sampled,
-    SamplerState,
-    Variant,
-    count_tokens,
-    sample,
-)
-
-COUNT_PIECE = 512
-"""Tokens that one call of ``count_tokens`` enters."""
-TABLE_PIECE = 1024
-"""Page-table cells that one call of ``write_table`` enters."""
+from jaxserve.sampling.sample import VARIANTS, Sampled, SamplerState, Variant
 
 
 @dataclass(frozen=True)
@@ -74,37 +58,25 @@ class Runner:
         buckets: Sequence[Bucket],
         stats: Stats,
     ) -> None:
-        self._model, self._mesh, self._stats = model, mesh, stats
+        self._stats = stats
         self._rows = config.max_num_seqs
-        self._page_size = config.block_size
-        self._specs = {path: _spec(array) for path, array in params.items()}
         self._params: Params | None = params
+        self._replicated = NamedSharding(mesh, PartitionSpec())
         group = max(s.attention.num_heads // s.attention.num_kv_heads for s in model.layers)
         split = jax.default_backend() != "cpu"
         self._layouts = {
-            bucket: Layout.make(bucket, self._page_size, self._rows, group, split)
+            bucket: Layout.make(bucket, config.block_size, self._rows, group, split)
             for bucket in buckets
         }
+        max_pages = -(-config.max_model_len // config.block_size)
+        shapes = {
+            path: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+            for path, array in params.items()
+        }
+        self._step = StepPrograms(model, shapes, mesh, self._layouts, num_pages, max_pages)
+        self.programs = Programs(self._step.lowerings(), stats)
         self._packer = Packer(self._rows)
-        self._replicated = NamedSharding(mesh, PartitionSpec())
-        vocab_split = self._specs["embed/tokens"] == PartitionSpec(TENSOR, None)
-        self._logits_spec = PartitionSpec(None, TENSOR if vocab_split else None)
-        dtype = params["embed/tokens"].dtype
-        self._cache = kv_cache.allocate(model, num_pages, self._page_size, dtype, mesh)
-        longest = -(-config.max_model_len // config.block_size)
-        self._table = jnp.zeros((self._rows, longest), jnp.int32, device=self._replicated)
-        self._state = SamplerState(
-            last_token=jnp.zeros(self._rows, jnp.int32, device=self._replicated),
-            counts=jnp.zeros(
-                (self._rows, model.vocab_size),
-                jnp.int32,
-                device=NamedSharding(mesh, self._logits_spec),
-            ),
-        )
-        # Taken now: the arrays themselves pass on and on while programs are still being lowered.
-        self._state_avals = _avals(self._state)
-        self._forward_avals = _avals((params, self._cache, self._table, self._state.last_token))
-        self.programs = Programs(self._lowerings(), stats)
+        self._state: StepState | None = None
         self._launcher = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-launch")
 
     def warm_up(self, wait_for_all: bool, progress: Progress | None = None) -> None:
@@ -113,8 +85,17 @@ class Runner:
         if wait_for_all:
             self.programs.wait(progress)
             return
-        for key in self._urgent_keys():
+        for key in self._step.urgent_keys():
             self.programs.get(key)
+
+    def allocate(self) -> None:
+        """Makes the device state, zeroed: 0 times an uninitialised NaN would spoil masked scores.
+
+        Best after compiling, since XLA tries out kernels on the GPU and needs memory for that.
+        """
+        self._state = jax.tree.map(
+            lambda aval: jnp.zeros(aval.shape, aval.dtype, device=aval.sharding), self._step.state
+        )
 
     def dispatch(self, decision: Decision) -> StepHandle:
         """Starts a step on the devices without waiting for it."""
@@ -123,11 +104,13 @@ class Runner:
         bucket, variant = self._choose(len(scheduled), num_tokens, _variant(scheduled))
         layout = self._layouts[bucket]
         updates = batch.table_updates(decision)
-        early = [
-            updates[start : start + TABLE_PIECE]
-            for start in range(0, len(updates) - layout.num_table_updates, TABLE_PIECE)
-        ]
-        packed = self._packer.pack(layout, decision, updates[len(early) * TABLE_PIECE :])
+        early = []
+        while len(updates) > layout.num_table_updates:
+            early.append(
+                batch.padded_updates(updates[: step.TABLE_PIECE], step.TABLE_PIECE, self._rows)
+            )
+            updates = updates[step.TABLE_PIECE :]
+        packed = self._packer.pack(layout, decision, updates)
         counted = [
             piece
             for item in scheduled
@@ -157,24 +140,28 @@ class Runner:
         Nothing of a step is kept but what was sampled, so that the next step's buffers get the
         same addresses: a CUDA graph whose addresses change must be patched node by node.
         """
+        state = self._state
+        if state is None:
+            raise RuntimeError("the runner has no state; call allocate() first")
+        table, sampler = state.page_table, state.sampler
         for updates in early_updates:
-            self._write_table(updates)
+            table = self.programs.get(("write_table",))(table, self._put(updates))
         for piece in counted:
-            count = self.programs.get(("count_tokens",))
-            counts = count(self._state.counts, jax.device_put(piece, self._replicated))
-            self._state = SamplerState(self._state.last_token, counts)
-        self._cache, self._table, logits, words = forward(
-            self._params,
-            self._cache,
-            self._table,
-            self._state.last_token,
-            jax.device_put(packed, self._replicated),
+            counts = self.programs.get(("count_tokens",))(sampler.counts, self._put(piece))
+            sampler = SamplerState(sampler.last_token, counts)
+        cache, table, logits, words = forward(
+            self._params, state.cache, table, sampler.last_token, self._put(packed)
         )
+        self._state = StepState(cache, table, sampler)
         if sample is None:
             return logits
-        self._state, sampled = sample(logits, self._state, words)
+        sampler, sampled = sample(logits, sampler, words)
+        self._state = replace(self._state, sampler=sampler)
         jax.tree.map(lambda array: array.copy_to_host_async(), sampled)
         return sampled
+
+    def _put(self, words: np.ndarray) -> jax.Array:
+        return jax.device_put(words, self._replicated)
 
     def collect(self, handle: StepHandle) -> list[SampledToken | None]:
         """Waits for a step; its token for each scheduled request that sampled."""
@@ -194,9 +181,9 @@ class Runner:
         """Frees the cache and the programs; the weights, if nobody else holds them."""
         self._launcher.shutdown()
         self.programs.close()
-        for array in jax.tree.leaves((self._cache, self._table, self._state)):
+        for array in jax.tree.leaves(self._state):
             array.delete()
-        self._params = None
+        self._state = self._params = None
 
     # --- dispatching --------------------------------------------------------------------------
 
@@ -210,93 +197,6 @@ class Runner:
                     if self.programs.ready(("sample", bucket.lanes, better)):
                         return bucket, better
         return fitting[0], variant
-
-    def _write_table(self, updates: np.ndarray) -> None:
-        padded = np.full((TABLE_PIECE, 3), self._rows, np.int32)
-        padded[: len(updates)] = updates
-        padded = jax.device_put(padded, self._replicated)
-        self._table = self.programs.get(("write_table",))(self._table, padded)
-
-    # --- programs -----------------------------------------------------------------------------
-
-    def _urgent_keys(self) -> Iterable[Hashable]:
-        """One decoding bucket and one for prompts: with them, some request can be served."""
-        mixed = next(bucket for bucket in self._layouts if not bucket.decode_only)
-        for bucket in (mixed, next(iter(self._layouts))):
-            yield ("forward", bucket)
-            yield ("sample", bucket.lanes, "sample")  # it does greedy lanes too
-
-    def _lowerings(self) -> dict[Hashable, Any]:
-        """Every program that can be needed, most urgent first."""
-        lowerings: dict[Hashable, Any] = {}
-        urgent = list(self._urgent_keys())
-        for bucket in self._layouts:
-            lowerings["forward", bucket] = functools.partial(self._lower_forward, bucket)
-            for variant in VARIANTS:
-                key = ("sample", bucket.lanes, variant)
-                lowerings[key] = functools.partial(self._lower_sample, bucket, variant)
-        lowerings["count_tokens",] = self._lower_count_tokens
-        lowerings["write_table",] = self._lower_write_table
-        order = urgent + [key for key in lowerings if key not in urgent]
-        return {key: lowerings[key] for key in order}
-
-    def _lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
-        layout, model = self._layouts[bucket], self._model
-
-        def forward(params, cache, page_table, last_token, packed):
-            inputs, page_table = batch.unpack_inputs(layout, packed, page_table, last_token)
-            logits, cache = decoder.forward(model, params, cache, inputs)
-            return cache, page_table, logits, packed[: layout.sampling_size]
-
-        whole = PartitionSpec()
-        if self._mesh.size > 1:
-            forward = jax.shard_map(
-                forward,
-                mesh=self._mesh,
-                in_specs=(self._specs, kv_cache.PARTITION, whole, whole, whole),
-                out_specs=(kv_cache.PARTITION, whole, self._logits_spec, whole),
-                check_vma=False,
-            )
-        cache_sharding = NamedSharding(self._mesh, kv_cache.PARTITION)
-        logits_sharding = NamedSharding(self._mesh, self._logits_spec)
-        jitted = jax.jit(
-            forward,
-            donate_argnums=(1, 2),
-            out_shardings=(cache_sharding, self._replicated, logits_sharding, self._replicated),
-        )
-        return jitted.lower(*self._forward_avals, self._int32(layout.size))
-
-    def _lower_sample(self, bucket: Bucket, variant: Variant) -> jax.stages.Lowered:
-        # All buckets with as many lanes share the program: the sampler's words are the same.
-        layout = self._layouts[bucket]
-
-        def step(logits, state, words):
-            return sample(variant, logits, state, batch.unpack_sampling(layout, words))
-
-        logits = jax.ShapeDtypeStruct(
-            (bucket.lanes, self._model.vocab_size),
-            jnp.float32,
-            sharding=NamedSharding(self._mesh, self._logits_spec),
-        )
-        shardings = jax.tree.map(lambda aval: aval.sharding, self._state_avals)
-        jitted = jax.jit(step, donate_argnums=1, out_shardings=(shardings, self._replicated))
-        return jitted.lower(logits, self._state_avals, self._int32(layout.sampling_size))
-
-    def _lower_count_tokens(self) -> jax.stages.Lowered:
-        def count(counts, packed):
-            ids, of_prompt = packed[:COUNT_PIECE], packed[COUNT_PIECE : 2 * COUNT_PIECE] == 1
-            return count_tokens(counts, packed[-2], ids, of_prompt, packed[-1] == 1)
-
-        counts = self._state_avals.counts
-        jitted = jax.jit(count, donate_argnums=0, out_shardings=counts.sharding)
-        return jitted.lower(counts, self._int32(2 * COUNT_PIECE + 2))
-
-    def _lower_write_table(self) -> jax.stages.Lowered:
-        jitted = jax.jit(batch.write_table, donate_argnums=0, out_shardings=self._replicated)
-        return jitted.lower(self._forward_avals[2], self._int32(TABLE_PIECE, 3))
-
-    def _int32(self, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=self._replicated)
 
 
 def make_buckets(config: ResolvedConfig, platform: str) -> list[Bucket]:
@@ -323,18 +223,6 @@ def _powers(start: int, factor: int, last: int) -> list[int]:
     return [*values, last]
 
 
-def _avals(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree of arrays."""
-    return jax.tree.map(
-        lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding), tree
-    )
-
-
-def _spec(array: jax.Array) -> PartitionSpec:
-    assert isinstance(array.sharding, NamedSharding)
-    return array.sharding.spec
-
-
 def _variant(scheduled: Sequence[ScheduledRequest]) -> Variant:
     """The least sampler that does what every request of the step asks."""
     params = [item.request.params for item in scheduled]
@@ -347,12 +235,12 @@ def _variant(scheduled: Sequence[ScheduledRequest]) -> Variant:
 def _count_pieces(item: ScheduledRequest) -> Iterable[np.ndarray]:
     """A request's tokens so far, packed for the program ``count_tokens``."""
     ids = item.request.token_ids
-    for start in range(0, len(ids), COUNT_PIECE):
-        piece = ids[start : start + COUNT_PIECE]
-        packed = np.full(2 * COUNT_PIECE + 2, -1, np.int32)
+    for start in range(0, len(ids), step.COUNT_PIECE):
+        piece = ids[start : start + step.COUNT_PIECE]
+        packed = np.full(2 * step.COUNT_PIECE + 2, -1, np.int32)
         packed[: len(piece)] = piece
-        places = start + np.arange(COUNT_PIECE)
-        packed[COUNT_PIECE : 2 * COUNT_PIECE] = places < item.request.num_prompt_tokens
+        places = start + np.arange(step.COUNT_PIECE)
+        packed[step.COUNT_PIECE : 2 * step.COUNT_PIECE] = places < item.request.num_prompt_tokens
         packed[-2:] = item.row, start == 0
         yield packed
 

@@ -4,7 +4,7 @@ There is no prefill or decode phase: every request has tokens that are not compu
 step hands its token budget to requests in order of arrival. A prompt longer than what is left is
 cut into chunks; a request that decodes has just one token to compute.
 
-The scheduler runs one step ahead of the device: it decides step n + 1 before it knows which tokens
+The scheduler runs ahead of the device: it decides step n + 1 before it knows which tokens
 step n chose. What it must know, lengths, it knows; a request that turns out to have ended with step
 n computes one surplus token in step n + 1, which ``update`` throws away.
 """

@@ -7,12 +7,14 @@ to it, and no request reads it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.distributed import LOGICAL_TO_MESH
-from jaxserve.model.config import ModelConfig
+from jaxserve.model.config import LayerSpec, ModelConfig
 
 LayerCache = tuple[jax.Array, jax.Array]
 KVCache = tuple[LayerCache, ...]
@@ -28,15 +30,15 @@ def bytes_per_page(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int
     return per_token * page_size * jnp.dtype(dtype).itemsize
 
 
-def allocate(
+def shapes(
     config: ModelConfig, num_pages: int, page_size: int, dtype: jnp.dtype, mesh: Mesh
-) -> KVCache:
-    """A zeroed cache. Zeroed, since 0 times an uninitialised NaN would spoil masked scores."""
+) -> Any:
+    """The cache's shapes, dtypes and shardings: a KVCache of ShapeDtypeStructs."""
     sharding = NamedSharding(mesh, PARTITION)
 
-    def pages(layer_index: int) -> jax.Array:
-        spec = config.layers[layer_index].attention
+    def pages(layer: LayerSpec) -> jax.ShapeDtypeStruct:
+        spec = layer.attention
         shape = (num_pages, spec.num_kv_heads, page_size, spec.head_size)
-        return jnp.zeros(shape, dtype, device=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-    return tuple((pages(i), pages(i)) for i in range(len(config.layers)))
+    return tuple((pages(layer), pages(layer)) for layer in config.layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,12 @@ from jaxserve.model.params import Params
 from pallas_kernels.paged_attention import AttentionBatch, plan, plan_sizes
 
 PAGE_SIZE = 16
+
+
+def zero_cache(*args: Any) -> kv_cache.KVCache:
+    """A zeroed cache; the arguments are those of ``kv_cache.shapes``."""
+    make = lambda aval: jnp.zeros(aval.shape, aval.dtype, device=aval.sharding)  # noqa: E731
+    return jax.tree.map(make, kv_cache.shapes(*args))
 
 
 def prompt_inputs(config: ModelConfig, token_ids: list[int]) -> StepInputs:
@@ -49,6 +57,6 @@ def dense_logits(config: ModelConfig, params: Params, token_ids: list[int]) -> n
     mesh = Mesh(np.array(jax.devices()[:1]), ("tensor",))
     dtype = params["embed/tokens"].dtype
     inputs = prompt_inputs(config, token_ids)
-    cache = kv_cache.allocate(config, inputs.page_table.shape[1] + 1, PAGE_SIZE, dtype, mesh)
+    cache = zero_cache(config, inputs.page_table.shape[1] + 1, PAGE_SIZE, dtype, mesh)
     logits, _ = decoder.forward(config, params, cache, inputs)
     return np.asarray(logits)

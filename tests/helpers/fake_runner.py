@@ -268,6 +268,7 @@ def fake_engine(
     fail_rows: Collection[str] = (),
     eos_token_ids: Sequence[int] = (),
     seed: int = 0,
+    run_ahead: int = 1,
 ) -> tuple[Engine, FakeRunner]:
     """An engine on a fake runner; by default a sequence may fill the whole pool."""
     allocator = PageAllocator(num_pages, page_size, enable_prefix_caching)
@@ -279,6 +280,7 @@ def fake_engine(
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
         seed=seed,
+        run_ahead=run_ahead,
     )
     return engine, runner
 

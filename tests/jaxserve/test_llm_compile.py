@@ -77,17 +77,17 @@ def test_background_warm_up_serves_before_all_is_compiled(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What isn't urgent is held back here until some tokens have come."""
-    from jaxserve.engine.runner import Runner
+    from jaxserve.engine.step import StepPrograms
 
     held_back = True
-    count_tokens = Runner._lower_count_tokens
+    count_tokens = StepPrograms._lower_count_tokens
 
-    def slow(self: Runner):
+    def slow(self: StepPrograms):
         while held_back:
             time.sleep(0.01)
         return count_tokens(self)
 
-    monkeypatch.setattr(Runner, "_lower_count_tokens", slow)
+    monkeypatch.setattr(StepPrograms, "_lower_count_tokens", slow)
     with LLM(str(directory), warmup="background", **SIZES) as llm:
         (output,) = llm.generate([[5, 6, 7]], greedy_params(5), use_tqdm=False)
         assert len(output.outputs[0].token_ids) == 5

@@ -429,7 +429,7 @@ def test_the_end_frees_the_device_memory(directory: Path, way: str) -> None:
     before = device_bytes()
     llm = small_llm(directory, decode_shape=False)
     runner = llm._runner
-    cache = runner._cache[0][0]
+    cache = runner._state.cache[0][0]
     assert device_bytes() > before + cache.nbytes
     if way == "with":
         with llm:

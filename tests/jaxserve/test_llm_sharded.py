@@ -57,13 +57,13 @@ def test_tokens_are_equal_and_each_device_holds_its_share(
             assert share[f"layers/1/{weight}"] == 1 / size
         assert share["layers/1/attention_norm/scale"] == share["head/norm/scale"] == 1.0
         heads = MODELS[name]["num_key_value_heads"]
-        for array in jax.tree.leaves(llm._runner._cache):
+        for array in jax.tree.leaves(llm._runner._state.cache):
             assert array.shape[1] == max(heads, size)  # repeated where there are too few
             assert {shard.data.shape[1] for shard in array.addressable_shards} == {
                 max(heads // size, 1)
             }
         assert llm.memory.page_bytes * size == sum(
-            array.nbytes // array.shape[0] for array in jax.tree.leaves(llm._runner._cache)
+            array.nbytes // array.shape[0] for array in jax.tree.leaves(llm._runner._state.cache)
         )
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from jaxserve import LLM
 from jaxserve.config import DeviceFacts, EngineConfig, ResolvedConfig
-from jaxserve.engine import runner as runner_module
+from jaxserve.engine import step as step_module
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.runner import make_buckets
 from jaxserve.sampling.params import SamplingParams
@@ -90,7 +90,7 @@ def test_a_prompt_with_more_new_pages_than_a_step_can_enter(
 ) -> None:
     """All pages of a prompt are entered with its first chunk: 60 here, where a step has 14 cells.
     They go in pieces, here of 16."""
-    monkeypatch.setattr(runner_module, "TABLE_PIECE", 16)
+    monkeypatch.setattr(step_module, "TABLE_PIECE", 16)
     (prompt,) = random_prompts(1, VOCAB_SIZE, 1, (480, 481))
     with small_llm(directory) as llm:
         layout = llm._runner._layouts[Bucket(8, 48)]
@@ -110,10 +110,10 @@ def test_counts_longer_than_a_piece_are_counted_whole(
     params = greedy_params(10, repetition_penalty=1.5)
     results = []
     for piece in (16, 512):
-        monkeypatch.setattr(runner_module, "COUNT_PIECE", piece)
+        monkeypatch.setattr(step_module, "COUNT_PIECE", piece)
         with small_llm(directory, decode_shape=False) as llm:
             results.append(tokens_of(llm, prompts, params))
-            counts = np.asarray(llm._runner._state.counts)
+            counts = np.asarray(llm._runner._state.sampler.counts)
         for row, prompt in enumerate(prompts):
             assert set(np.flatnonzero(counts[row] >= 1 << 30)) == set(prompt)
             assert (counts[row] & ((1 << 30) - 1)).sum() >= 10
@@ -161,7 +161,7 @@ def test_steps_are_counted(directory: Path) -> None:
 def test_close_deletes_what_it_owns(directory: Path) -> None:
     llm = small_llm(directory, decode_shape=False)
     runner = llm._runner
-    owned = jax.tree.leaves((runner._cache, runner._table, runner._state))
+    owned = jax.tree.leaves(runner._state)
     llm.close()
     assert all(array.is_deleted() for array in owned)
     assert runner._params is None

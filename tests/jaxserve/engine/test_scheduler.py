@@ -83,6 +83,7 @@ def engines(draw: st.DrawFn, caching: bool | None = None) -> dict[str, Any]:
         "num_pages": 1 + -(-MAX_LEN // page_size) + draw(st.integers(0, 6)),
         "max_rows": draw(st.integers(1, 5)),
         "max_step_tokens": draw(st.integers(1, 30)),
+        "run_ahead": draw(st.integers(1, 3)),
         "enable_prefix_caching": draw(st.booleans()) if caching is None else caching,
     }
 

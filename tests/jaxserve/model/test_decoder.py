@@ -25,7 +25,7 @@ from jaxserve.model.config import (
 )
 from jaxserve.quant import linear
 from tests.helpers.checkpoints import make_checkpoint, prompt
-from tests.helpers.dense import PAGE_SIZE, dense_logits, prompt_inputs
+from tests.helpers.dense import PAGE_SIZE, dense_logits, prompt_inputs, zero_cache
 from tests.helpers.loading import load
 
 NORM = NormSpec("rms", 1e-5)
@@ -91,7 +91,7 @@ def test_two_calls_with_a_cut_between_them_give_the_same_logits(tmp_path: Path) 
     config, weights, ids = checkpoint.config, load(checkpoint), prompt("llama-gqa")
     whole = dense_logits(config, weights, ids)
     cut = 11
-    cache = kv_cache.allocate(config, 4, PAGE_SIZE, jnp.dtype("float32"), make_mesh(1))
+    cache = zero_cache(config, 4, PAGE_SIZE, jnp.dtype("float32"), make_mesh(1))
     first, cache = decoder.forward(config, weights, cache, prompt_inputs(config, ids[:cut]))
     inputs = prompt_inputs(config, ids)
     count = len(ids) - cut

@@ -1,0 +1,171 @@
+"""The programs of a step, and the state that passes from step to step on the devices.
+
+Two programs make a step: ``forward``, to the logits of the sampled tokens, and ``sample``. The
+first hands the sampler's part of the packed inputs on to the second.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Hashable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxserve.distributed import TENSOR
+from jaxserve.engine import batch
+from jaxserve.engine.batch import Bucket, Layout
+from jaxserve.model import decoder, kv_cache
+from jaxserve.model.config import ModelConfig
+from jaxserve.model.kv_cache import KVCache
+from jaxserve.sampling.sample import VARIANTS, SamplerState, Variant, count_tokens, sample
+
+COUNT_PIECE = 512
+"""Tokens that one call of ``count_tokens`` enters."""
+TABLE_PIECE = 1024
+"""Page-table cells that one call of ``write_table`` enters."""
+
+Avals = dict[str, jax.ShapeDtypeStruct]
+WHOLE = PartitionSpec()
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class StepState:
+    """What lives on the devices between steps, besides the weights.
+
+    Attributes:
+        cache: the KV pages.
+        page_table: int32 [rows, pages].
+        sampler: see SamplerState.
+    """
+
+    cache: KVCache
+    page_table: jax.Array
+    sampler: SamplerState
+
+
+class StepPrograms:
+    """Lowers the programs of one model on one mesh; holds shapes only, no arrays.
+
+    Args:
+        model: as split by ``for_tensor_parallel``.
+        params: shapes and shardings of its weights.
+        mesh: the devices.
+        layouts: the buckets' layouts, smallest bucket first.
+        num_pages: KV pages, the padding page included.
+        max_pages: most pages of a request.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        params: Avals,
+        mesh: Mesh,
+        layouts: Mapping[Bucket, Layout],
+        num_pages: int,
+        max_pages: int,
+    ) -> None:
+        self._model, self._params, self._mesh, self._layouts = model, params, mesh, layouts
+        self._specs = {path: _spec(aval) for path, aval in params.items()}
+        vocab_split = self._specs["embed/tokens"] == PartitionSpec(TENSOR, None)
+        self._logits_spec = PartitionSpec(None, TENSOR if vocab_split else None)
+        layout = next(iter(layouts.values()))
+        dtype = params["embed/tokens"].dtype
+        self.state = StepState(
+            cache=kv_cache.shapes(model, num_pages, layout.page_size, dtype, mesh),
+            page_table=self._int32(layout.rows, max_pages),
+            sampler=SamplerState(
+                last_token=self._int32(layout.rows),
+                counts=self._int32(layout.rows, model.vocab_size, spec=self._logits_spec),
+            ),
+        )
+
+    def lowerings(self) -> dict[Hashable, Callable[[], jax.stages.Lowered]]:
+        """Every program that can be needed, most urgent first."""
+        programs: dict[Hashable, Callable[[], jax.stages.Lowered]] = {}
+        urgent = list(self.urgent_keys())
+        for bucket in self._layouts:
+            programs["forward", bucket] = functools.partial(self._lower_forward, bucket)
+            for variant in VARIANTS:
+                key = ("sample", bucket.lanes, variant)
+                programs[key] = functools.partial(self._lower_sample, bucket, variant)
+        programs["count_tokens",] = self._lower_count_tokens
+        programs["write_table",] = self._lower_write_table
+        order = urgent + [key for key in programs if key not in urgent]
+        return {key: programs[key] for key in order}
+
+    def urgent_keys(self) -> Iterable[Hashable]:
+        """One decoding bucket and one for prompts: with them, some request can be served."""
+        mixed = next(bucket for bucket in self._layouts if not bucket.decode_only)
+        for bucket in (mixed, next(iter(self._layouts))):
+            yield ("forward", bucket)
+            yield ("sample", bucket.lanes, "sample")  # it does greedy lanes too
+
+    def _lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
+        layout, model, state = self._layouts[bucket], self._model, self.state
+
+        def forward(params, cache, page_table, last_token, packed):
+            inputs, page_table = batch.unpack_inputs(layout, packed, page_table, last_token)
+            logits, cache = decoder.forward(model, params, cache, inputs)
+            return cache, page_table, logits, packed[: layout.sampling_size]
+
+        if self._mesh.size > 1:
+            forward = jax.shard_map(
+                forward,
+                mesh=self._mesh,
+                in_specs=(self._specs, kv_cache.PARTITION, WHOLE, WHOLE, WHOLE),
+                out_specs=(kv_cache.PARTITION, WHOLE, self._logits_spec, WHOLE),
+                check_vma=False,
+            )
+        table, last_token = state.page_table, state.sampler.last_token
+        outputs = (state.cache, table, self._logits(bucket), self._int32(layout.sampling_size))
+        jitted = jax.jit(forward, donate_argnums=(1, 2), out_shardings=_shardings(outputs))
+        packed = self._int32(layout.size)
+        return jitted.lower(self._params, state.cache, table, last_token, packed)
+
+    def _lower_sample(self, bucket: Bucket, variant: Variant) -> jax.stages.Lowered:
+        # All buckets with as many lanes share the program: the sampler's words are the same.
+        layout, state = self._layouts[bucket], self.state.sampler
+
+        def step(logits, state, words):
+            return sample(variant, logits, state, batch.unpack_sampling(layout, words))
+
+        shardings = (_shardings(state), NamedSharding(self._mesh, WHOLE))
+        jitted = jax.jit(step, donate_argnums=1, out_shardings=shardings)
+        return jitted.lower(self._logits(bucket), state, self._int32(layout.sampling_size))
+
+    def _lower_count_tokens(self) -> jax.stages.Lowered:
+        def count(counts, packed):
+            ids, of_prompt = packed[:COUNT_PIECE], packed[COUNT_PIECE : 2 * COUNT_PIECE] == 1
+            return count_tokens(counts, packed[-2], ids, of_prompt, packed[-1] == 1)
+
+        counts = self.state.sampler.counts
+        jitted = jax.jit(count, donate_argnums=0, out_shardings=counts.sharding)
+        return jitted.lower(counts, self._int32(2 * COUNT_PIECE + 2))
+
+    def _lower_write_table(self) -> jax.stages.Lowered:
+        table = self.state.page_table
+        jitted = jax.jit(batch.write_table, donate_argnums=0, out_shardings=table.sharding)
+        return jitted.lower(table, self._int32(TABLE_PIECE, 3))
+
+    def _logits(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
+        shape = (bucket.lanes, self._model.vocab_size)
+        sharding = NamedSharding(self._mesh, self._logits_spec)
+        return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
+
+    def _int32(self, *shape: int, spec: PartitionSpec = WHOLE) -> Any:
+        sharding = NamedSharding(self._mesh, spec)
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
+
+
+def _shardings(avals: Any) -> Any:
+    return jax.tree.map(lambda aval: aval.sharding, avals)
+
+
+def _spec(aval: jax.ShapeDtypeStruct) -> PartitionSpec:
+    assert isinstance(aval.sharding, NamedSharding)
+    return aval.sharding.spec
