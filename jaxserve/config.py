@@ -46,7 +46,7 @@ class EngineConfig:
             ever run.
         load_format: "auto", "safetensors", "pt", or "dummy" for random weights.
         dtype: "auto", "half", "float16", "bfloat16", "float" or "float32". Auto takes the
-            checkpoint's; on a CPU float32, which is faster there.
+            checkpoint's, and bfloat16 for float32 ones; on a CPU float32, which is faster there.
         seed: of dummy weights, and of requests that bring no seed.
         max_model_len: longest sequence in tokens, prompt and output together; by default the
             model's, or what fits into the memory.

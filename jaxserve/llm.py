@@ -1,34 +1,20 @@
-"""LLM: generation in a notebook or a script. A composition root."""
+"""LLM: generation in a notebook or a script."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from tqdm.auto import tqdm
 
-from converters import Checkpoint, open_checkpoint, resolve_model
-from jaxserve import compat, demo, log
-from jaxserve.config import DTYPES, DeviceFacts, EngineConfig, ResolvedConfig
-from jaxserve.distributed import LOGICAL_TO_MESH, make_mesh
+from converters import open_checkpoint
+from jaxserve import build, compat, log
 from jaxserve.engine.core import Engine
-from jaxserve.engine.memory import GIB, MemoryPlan, check_fits, plan_memory
-from jaxserve.engine.page_allocator import PageAllocator
-from jaxserve.engine.programs import compile_events, use_compilation_cache
 from jaxserve.engine.request import FinishReason
-from jaxserve.engine.runner import Runner, make_buckets
-from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.stats import Stats
 from jaxserve.errors import ConfigError, EngineClosedError, InvalidRequestError
-from jaxserve.model import decoder
-from jaxserve.model import params as model_params
-from jaxserve.model.config import ModelConfig
 from jaxserve.outputs import Generation, RequestOutput
 from jaxserve.sampling.params import SamplingParams
 from jaxserve.tokenizer import Tokenizer
@@ -76,7 +62,7 @@ class LLM:
         if warmup not in ("full", "background"):
             raise ConfigError(f'warmup={warmup!r} must be "full" or "background".')
         config = compat.engine_config(model and str(model), arguments)
-        path = _find_model(config)
+        path = build.find_model(config)
         self._checkpoint = open_checkpoint(path, config.load_format)
         self._tokenizer: Tokenizer | None = None
         if not config.skip_tokenizer_init:
@@ -84,11 +70,11 @@ class LLM:
             self._tokenizer = Tokenizer(where, config.tokenizer_revision, chat_template)
         elif chat_template is not None:
             raise ConfigError("chat_template needs a tokenizer; drop skip_tokenizer_init.")
-        self.config, self.memory, self._runner, self._engine = _make_engine(
-            config, self._checkpoint, use_tqdm
-        )
+        built = build.build(config, self._checkpoint, use_tqdm)
+        self.config, self.memory = built.config, built.memory
+        self._runner, self._engine = built.runner, built.engine
         if not config.enforce_eager:
-            _warm_up(self._runner, self.memory, warmup == "full", use_tqdm)
+            build.warm_up(built, warmup == "full", use_tqdm)
         self._runner.allocate()
         self._num_requests = 0
 
@@ -325,108 +311,3 @@ def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if items and isinstance(items[0], int):
         return [items]
     return items
-
-
-# --- composition --------------------------------------------------------------------------------
-
-
-def _find_model(config: EngineConfig) -> Path:
-    if config.model is None:
-        log.logger.info(
-            "no model given: loading the embedded demo model, a toy of 5 million parameters."
-        )
-        return demo.target_path()
-    return resolve_model(config.model, config.revision, config.download_dir)
-
-
-def _make_engine(
-    wanted: EngineConfig, checkpoint: Checkpoint, use_tqdm: bool
-) -> tuple[ResolvedConfig, MemoryPlan, Runner, Engine]:
-    """Loads the weights, sizes the cache and puts the engine together; compiles nothing yet."""
-    # Read by JAX when it first touches the GPU; later it has no effect.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(wanted.gpu_memory_utilization))
-    use_compilation_cache(wanted.compilation_cache_dir)
-    facts = DeviceFacts(jax.default_backend(), jax.local_device_count())
-    config = wanted.resolve(facts, checkpoint.config.max_model_len)
-    model = decoder.for_tensor_parallel(checkpoint.config, config.tensor_parallel_size)
-    mesh = make_mesh(config.tensor_parallel_size)
-    dtype = _dtype(config.dtype, checkpoint.config.dtype, facts.platform)
-    tree = decoder.declare(model)
-    specs = model_params.partition_specs(tree, LOGICAL_TO_MESH, mesh.shape)
-    if config.load_format == "dummy":
-        params = model_params.random_params(tree, dtype, mesh, specs, config.seed)
-    else:
-        with _loading_bar(use_tqdm) as progress:
-            params = checkpoint.load(tree, specs, mesh, dtype, progress)
-    jax.block_until_ready(params)
-    memory, config = _fit(config, model, dtype, shorten=wanted.max_model_len is None)
-    stats = Stats()
-    buckets = make_buckets(config, facts.platform)
-    runner = Runner(config, model, params, mesh, memory.num_pages, buckets, stats)
-    allocator = PageAllocator(memory.num_pages, config.block_size, config.enable_prefix_caching)
-    engine = Engine(
-        Scheduler(allocator, config.max_num_seqs, config.max_num_batched_tokens, stats),
-        runner,
-        max_model_len=config.max_model_len,
-        vocab_size=model.vocab_size,
-        eos_token_ids=checkpoint.eos_token_ids,
-        dynamic_rope_len=model.dynamic_rope_len,
-        seed=config.seed,
-        run_ahead=1 if facts.platform == "cpu" else 2,
-    )
-    return config, memory, runner, engine
-
-
-def _fit(
-    config: ResolvedConfig, model: ModelConfig, dtype: jnp.dtype, shorten: bool
-) -> tuple[MemoryPlan, ResolvedConfig]:
-    """Sizes the cache; shortens max_model_len to what fits if the user left it to us."""
-    plan = plan_memory(config, model, dtype)
-    room = (plan.num_pages - 1) * config.block_size
-    if shorten and 0 < room < config.max_model_len:
-        log.logger.info("max_model_len=%d, the most that fits: %s.", room, plan)
-        config = dataclasses.replace(config, max_model_len=room)
-    check_fits(plan, config)
-    return plan, config
-
-
-def _dtype(wanted: str, checkpoint: str, platform: str) -> jnp.dtype:
-    """The dtype of weights, activations and cache."""
-    name = DTYPES[wanted]
-    if name == "auto":
-        name = "float32" if platform == "cpu" else checkpoint
-    return jnp.dtype(name)
-
-
-@contextlib.contextmanager
-def _loading_bar(use_tqdm: bool) -> Iterator[Callable[[int, int], None]]:
-    with tqdm(
-        desc="Loading weights", unit="B", unit_scale=True, disable=not use_tqdm, leave=False
-    ) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        yield progress
-
-
-def _warm_up(runner: Runner, memory: MemoryPlan, wait_for_all: bool, use_tqdm: bool) -> None:
-    hits_before = compile_events()["cache_hits"]
-    disable = not use_tqdm or not wait_for_all
-    with tqdm(desc="Compiling", unit="program", disable=disable, leave=False) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            hits = compile_events()["cache_hits"] - hits_before
-            bar.set_postfix_str(f"{hits} from the cache", refresh=False)
-            bar.update(done - bar.n)
-
-        runner.warm_up(wait_for_all, progress)
-        if wait_for_all and runner.programs.temp_bytes > memory.activations:
-            log.logger.warning(
-                "the largest step needs %.2f GiB of scratch memory, more than the %.2f GiB set "
-                "aside; lower gpu_memory_utilization if it runs out of memory.",
-                runner.programs.temp_bytes / GIB,
-                memory.activations / GIB,
-            )

@@ -30,7 +30,9 @@ BRAIN = (
 )
 BODY = (*JAX, *BASICS, "flax", "pallas_kernels")
 MODEL = ("jaxserve.model", "jaxserve.quant", "jaxserve.distributed")
-DOOR = tuple(f"jaxserve.engine.{name}" for name in ("batch", "memory", "programs", "runner"))
+DOOR = tuple(
+    f"jaxserve.engine.{name}" for name in ("batch", "memory", "programs", "runner", "step")
+)
 BEHIND_THE_DOOR = (*DOOR, *BRAIN, *BODY, *MODEL, "jaxserve.sampling", "jaxserve.config", "psutil")
 ANYTHING = ("*",)
 
@@ -51,6 +53,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "jaxserve.engine": BRAIN,
     **dict.fromkeys(DOOR, BEHIND_THE_DOOR),
     "jaxserve.demo": (*JAX, "optax", "tokenizers", "safetensors", "jaxserve.demo"),
+    "jaxserve.build": ANYTHING,
     "jaxserve.llm": ANYTHING,
     "jaxserve.__main__": ANYTHING,
     "jaxserve.cli": ANYTHING,
