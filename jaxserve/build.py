@@ -133,8 +133,13 @@ def _loading_bar(use_tqdm: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 def warm_up(built: Built, wait_for_all: bool, use_tqdm: bool) -> None:
-    """Compiles the programs; see ``Runner.warm_up``."""
+    """Compiles the programs; see ``Runner.warm_up``.
+
+    Accelerators always wait for all: XLA tries out kernels there, which takes memory that the KV
+    cache will fill.
+    """
     runner, memory = built.runner, built.memory
+    wait_for_all |= jax.default_backend() != "cpu"
     hits_before = compile_events()["cache_hits"]
     disable = not use_tqdm or not wait_for_all
     with tqdm(desc="Compiling", unit="program", disable=disable, leave=False) as bar:

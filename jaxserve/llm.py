@@ -38,8 +38,8 @@ class LLM:
     Args:
         model: a checkpoint directory (Hugging Face or Orbax) or a hub id.
         chat_template: Jinja text that replaces the tokenizer's chat template.
-        warmup: "full" compiles every program before the constructor returns; "background" returns
-            once some request can be served and compiles the rest meanwhile.
+        warmup: "full" compiles every program before the constructor returns; "background" returns,
+            on a CPU, once some request can be served and compiles the rest meanwhile.
         use_tqdm: show progress while loading and compiling.
         **arguments: see EngineConfig.
 
