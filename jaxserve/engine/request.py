@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -74,7 +73,6 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     seed: int = 0
     cache_salt: bytes = b""
-    arrival_time: float = field(default_factory=time.monotonic)
     num_prompt_tokens: int = 0
     num_pending: int = 0
     num_computed_tokens: int = 0
@@ -86,7 +84,6 @@ class Request:
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
-    first_token_time: float | None = None
 
     def __post_init__(self) -> None:
         self.num_prompt_tokens = self.num_prompt_tokens or len(self.token_ids)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxserve.model.config import NormSpec
 from jaxserve.model.params import Param, Params
+from pallas_kernels.arithmetic import rms_norm
 
 
 def declare(spec: NormSpec, size: int) -> dict[str, Param]:
@@ -19,11 +20,10 @@ def declare(spec: NormSpec, size: int) -> dict[str, Param]:
 
 def apply(spec: NormSpec, params: Params, x: jax.Array) -> jax.Array:
     """Normalizes x [..., size] over its last axis; returns x's dtype."""
+    if spec.kind == "rms":
+        return rms_norm(x, params["scale"], spec.eps)
     h = x.astype(jnp.float32)
-    if spec.kind == "layer":
-        h = h - jnp.mean(h, -1, keepdims=True)
+    h = h - jnp.mean(h, -1, keepdims=True)
     h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + spec.eps)
-    if spec.kind == "layer":
-        h = h * params["scale"].astype(jnp.float32) + params["bias"].astype(jnp.float32)
-        return h.astype(x.dtype)
-    return h.astype(x.dtype) * params["scale"]
+    h = h * params["scale"].astype(jnp.float32) + params["bias"].astype(jnp.float32)
+    return h.astype(x.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arithmetic import rms_norm
 from pallas_kernels.fused_linear.types import RMSNorm
 
 
@@ -18,9 +19,7 @@ def fused_linear(
 ) -> jax.Array:
     """See ``api.fused_linear``."""
     if norm is not None:
-        h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + norm.eps)
-        x = h.astype(x.dtype) * norm.scale
+        x = rms_norm(x, norm.scale, norm.eps)
     y = jax.lax.dot_general(
         x,
         w.reshape(-1, w.shape[-1]),

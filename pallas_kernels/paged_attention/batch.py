@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
+from pallas_kernels.arithmetic import power_of_two
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def plan_sizes(lanes: int, tokens: int, group: int, split: bool) -> PlanSizes:
         group: the largest number of query heads that share a KV head.
         split: whether to leave room for splitting long contexts (worthwhile on a GPU).
     """
-    tile_tokens = max(1, 128 // (1 << (group - 1).bit_length()))
+    tile_tokens = max(1, 128 // power_of_two(group))
     # Each lane may end in a partly filled tile.
     tiles = 0 if tokens == lanes else -(-tokens // tile_tokens) + lanes
     return PlanSizes(lanes, 2 * lanes + 64 if split else lanes, tiles, tile_tokens)

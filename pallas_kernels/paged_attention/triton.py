@@ -18,6 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.arithmetic import power_of_two
 from pallas_kernels.lowering import can_lower_triton
 from pallas_kernels.paged_attention.batch import AttentionBatch
 
@@ -53,13 +54,9 @@ def paged_attention(
     return _decode(q, cache, batch, static, interpret)
 
 
-def _power_of_two(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
 def _width(head_size: int) -> int:
     """Columns that a head takes in the kernels: what the tensor cores can multiply."""
-    return max(MIN_ROWS, _power_of_two(head_size))
+    return max(MIN_ROWS, power_of_two(head_size))
 
 
 def _call(
@@ -129,7 +126,7 @@ def _decode(q, cache, batch: AttentionBatch, static, interpret: bool) -> jax.Arr
         jax.ShapeDtypeStruct((items, kv_heads, group), jnp.float32),
         jax.ShapeDtypeStruct((items, kv_heads, group), jnp.float32),
     ]
-    rows = max(MIN_ROWS, _power_of_two(group))
+    rows = max(MIN_ROWS, power_of_two(group))
     tile = 64 if width <= 128 else 32
     if q.dtype == jnp.float32:
         tile //= 2
@@ -154,7 +151,7 @@ def _decode(q, cache, batch: AttentionBatch, static, interpret: bool) -> jax.Arr
         q,
     )
     return _call(
-        functools.partial(_merge_kernel, rows=_power_of_two(group), width=width, group=group),
+        functools.partial(_merge_kernel, rows=power_of_two(group), width=width, group=group),
         "paged_decode_merge",
         (lanes, kv_heads),
         jax.ShapeDtypeStruct(q.shape, q.dtype),
@@ -246,7 +243,7 @@ def _merge_kernel(
 
 def _tiles(q, cache, batch: AttentionBatch, static, interpret: bool) -> jax.Array:
     kv_heads, size = cache[0].shape[1], q.shape[2]
-    members = _power_of_two(static["group"])
+    members = power_of_two(static["group"])
     wide = q.dtype == jnp.float32 or size > 128
     kernel = functools.partial(
         _tile_kernel,

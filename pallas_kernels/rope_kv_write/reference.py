@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arithmetic import rms_norm
 from pallas_kernels.rope_kv_write.types import CosSin, HeadNorm, Result
 
 
@@ -22,18 +23,12 @@ def rope_kv_write(
     q = qkv[:, :, :-2].reshape(tokens, -1, size)
     k, v = qkv[:, :, -2], qkv[:, :, -1]
     if norm is not None:
-        q, k = _rms_norm(q, norm.q_scale, norm.eps), _rms_norm(k, norm.k_scale, norm.eps)
+        q, k = rms_norm(q, norm.q_scale, norm.eps), rms_norm(k, norm.k_scale, norm.eps)
     if cos_sin is not None:
         q, k = _rotate(q, cos_sin), _rotate(k, cos_sin)
     k_pages = k_pages.at[page, :, slot].set(k.astype(k_pages.dtype))
     v_pages = v_pages.at[page, :, slot].set(v.astype(v_pages.dtype))
     return q, k_pages, v_pages
-
-
-def _rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    h = x.astype(jnp.float32)
-    h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + eps)
-    return h.astype(x.dtype) * scale
 
 
 def _rotate(x: jax.Array, cos_sin: CosSin) -> jax.Array:

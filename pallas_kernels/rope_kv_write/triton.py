@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from pallas_kernels.arithmetic import power_of_two
 from pallas_kernels.lowering import can_lower_triton
 from pallas_kernels.rope_kv_write.types import CosSin, HeadNorm, Result
 
@@ -38,7 +39,7 @@ def rope_kv_write(
     tokens, kv_heads, parts, size = qkv.shape
     if size % 2 or (cos_sin is not None and 2 * cos_sin[0].shape[1] != size):
         raise NotImplementedError("the Triton kernel rotates whole heads of even size only")
-    members = 1 << (parts - 1).bit_length()
+    members = power_of_two(parts)
     # Few tokens are spread over many programs; many tokens share one.
     block = 1 if tokens <= 256 else max(1, ROWS // members)
     optional = [*(cos_sin or ())] + ([norm.q_scale, norm.k_scale] if norm is not None else [])
@@ -48,7 +49,7 @@ def rope_kv_write(
         tokens=tokens,
         block=block,
         members=members,
-        width=1 << (size // 2 - 1).bit_length(),
+        width=power_of_two(size // 2),
         rotates=cos_sin is not None,
         eps=None if norm is None else norm.eps,
     )
