@@ -16,11 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxserve.engine.decision import Decision
 from jaxserve.engine.page_allocator import PADDING_PAGE
-from jaxserve.engine.request import Decision, Request
+from jaxserve.engine.request import Request
 from jaxserve.model.inputs import StepInputs
 from jaxserve.sampling.inputs import SamplingInputs
-from jaxserve.sampling.params import MAX_STOP_TOKEN_IDS
+from jaxserve.sampling.params import MAX_STOP_TOKEN_IDS, SamplingParams
+from jaxserve.sampling.sample import VARIANTS, Variant
 from pallas_kernels.paged_attention import AttentionBatch, PlanSizes, plan, plan_sizes
 
 MAX_FORBIDDEN = MAX_STOP_TOKEN_IDS + 8
@@ -31,6 +33,9 @@ FLOAT_WORDS = (
     *("repetition_penalty", "presence_penalty", "frequency_penalty"),
 )
 """Sampling settings that travel as the bits of a float32."""
+
+SETTINGS = (*FLOAT_WORDS, "top_k", "seed_high", "seed_low")
+"""The words of a row's sampling settings."""
 
 Fields = dict[str, tuple[int, ...]]
 """Names and shapes of the parts of a packed array, in order."""
@@ -91,8 +96,8 @@ class Layout:
         """The fields that the sampler reads; they depend on the number of lanes only."""
         lanes = self.bucket.lanes
         return {
-            **dict.fromkeys(("sample_row", "output_index", "top_k", *FLOAT_WORDS), (lanes,)),
-            "seed": (lanes, 2),
+            **dict.fromkeys(("sample_row", "output_index"), (lanes,)),
+            "settings": (len(SETTINGS), lanes),
             "forbidden": (lanes, MAX_FORBIDDEN),
         }
 
@@ -130,9 +135,10 @@ def split_fields(packed: Any, fields: Fields) -> dict[str, Any]:
     """The fields of a packed array, numpy (as views) or JAX."""
     parts, offset = {}, 0
     for name, shape in fields.items():
-        size = math.prod(shape)
-        parts[name] = packed[offset : offset + size].reshape(shape)
-        offset += size
+        end = offset + math.prod(shape)
+        part = packed[offset:end]
+        parts[name] = part if len(shape) == 1 else part.reshape(shape)
+        offset = end
     return parts
 
 
@@ -140,9 +146,19 @@ class Packer:
     """Packs decisions; keeps each row's sampling settings, written when the row changes hands."""
 
     def __init__(self, rows: int) -> None:
-        self._settings = {name: np.zeros(rows, np.float32) for name in FLOAT_WORDS}
-        self._top_k = np.zeros(rows, np.int32)
-        self._seed = np.zeros((rows, 2), np.uint32)
+        self._settings = np.zeros((len(SETTINGS), rows), np.int32)
+        self._variant = np.zeros(rows, np.int32)
+        self._min_tokens = np.zeros(rows, np.int32)
+        self._forbidden = np.zeros((rows, MAX_FORBIDDEN), np.int32)
+
+    def enter_new_rows(self, decision: Decision) -> None:
+        """Writes the settings of the rows that changed hands; comes before all else."""
+        for lane in range(decision.num_lanes - decision.num_new_rows, decision.num_lanes):
+            self._enter(decision.row[lane], decision.requests[lane])
+
+    def variant(self, decision: Decision) -> Variant:
+        """The least sampler that does what every request of a step asks."""
+        return VARIANTS[self._variant[decision.row].max()]
 
     def pack(self, layout: Layout, decision: Decision, table_updates: np.ndarray) -> np.ndarray:
         """The packed array int32 [layout.size] of a decision that fits the layout's bucket.
@@ -152,72 +168,52 @@ class Packer:
         """
         packed = np.zeros(layout.size, np.int32)
         fields = split_fields(packed, layout.fields)
-        scheduled = decision.scheduled
-        count = len(scheduled)
-        lengths = np.fromiter((s.num_scheduled_tokens for s in scheduled), np.int32, count)
-        starts = np.fromiter((s.start for s in scheduled), np.int32, count)
-        rows = np.fromiter((s.row for s in scheduled), np.int32, count)
-        tokens = int(lengths.sum())
-
-        fields["token_lane"][:] = -1
-        fields["token_lane"][:tokens] = np.repeat(np.arange(count, dtype=np.int32), lengths)
-        if tokens == count:
-            ids = [s.token_ids[0] for s in scheduled]
-        else:
-            ids = [token for s in scheduled for token in s.token_ids]
-        fields["token_ids"][:tokens] = ids
-
-        kv_len = starts + lengths
-        fields["row"][:count] = rows
-        fields["query_start"][:count] = np.cumsum(lengths) - lengths
-        fields["query_len"][:count] = lengths
-        fields["kv_len"][:count] = kv_len
+        lengths, lanes = decision.num_scheduled_tokens, decision.num_lanes
+        tokens = decision.num_tokens
+        fields["token_lane"][tokens:] = -1
+        fields["token_lane"][:tokens] = np.arange(lanes).repeat(lengths)
+        fields["token_ids"][:tokens] = decision.token_ids
+        kv_len = decision.start + lengths
+        fields["row"][:lanes] = decision.row
+        fields["query_start"][:lanes] = lengths.cumsum() - lengths
+        fields["query_len"][:lanes] = lengths
+        fields["kv_len"][:lanes] = kv_len
+        fields["prompt_len"][:lanes] = decision.num_prompt_tokens
         for name, array in plan(lengths, kv_len, layout.plan).items():
             fields[name][:] = array
-        fields["prompt_len"][:count] = [s.request.num_prompt_tokens for s in scheduled]
-
         cells = padded_updates(table_updates, layout.num_table_updates, layout.rows)
         fields["table_updates"][:] = cells
-        self._pack_sampling(fields, decision, rows, layout.rows)
+        self._pack_sampling(fields, decision, layout.rows)
         return packed
 
-    def _pack_sampling(
-        self, fields: dict[str, Any], decision: Decision, rows: np.ndarray, num_rows: int
-    ) -> None:
-        scheduled = decision.scheduled
-        count = len(scheduled)
-        for item in scheduled:
-            if item.new_row:
-                self._set_row(item.row, item.request)
+    def _pack_sampling(self, fields: dict[str, Any], decision: Decision, num_rows: int) -> None:
+        row, lanes = decision.row, decision.num_lanes
         fields["sample_row"][:] = num_rows
-        fields["sample_row"][:count] = [s.row if s.samples else num_rows for s in scheduled]
-        fields["output_index"][:count] = [s.output_index for s in scheduled]
-        for name, values in self._settings.items():
-            fields[name][:count] = values[rows].view(np.int32)
-        fields["top_k"][:count] = self._top_k[rows]
-        fields["seed"][:count] = self._seed[rows].view(np.int32)
+        fields["sample_row"][:lanes][decision.samples] = row[decision.samples]
+        fields["output_index"][:lanes] = decision.output_index
+        fields["settings"][:, :lanes] = self._settings.take(row, axis=1)
         fields["forbidden"][:] = -1
-        for lane, item in enumerate(scheduled):
-            if item.output_index < item.request.params.min_tokens:
-                # One that finds no place may be chosen, but doesn't end the output either.
-                ids = sorted(item.request.stop_token_ids)[:MAX_FORBIDDEN]
-                fields["forbidden"][lane, : len(ids)] = ids
+        early = (decision.output_index < self._min_tokens[row]).nonzero()[0]
+        fields["forbidden"][early] = self._forbidden[row[early]]
 
-    def _set_row(self, row: int, request: Request) -> None:
-        for name, values in self._settings.items():
-            values[row] = getattr(request.params, name)
-        self._top_k[row] = request.params.top_k
-        self._seed[row] = request.seed >> 32, request.seed & 0xFFFFFFFF
+    def _enter(self, row: int, request: Request) -> None:
+        params = request.params
+        floats = np.array([getattr(params, name) for name in FLOAT_WORDS], np.float32)
+        seed = np.array([request.seed >> 32, request.seed & 0xFFFFFFFF], np.uint32)
+        self._settings[:, row] = [*floats.view(np.int32), params.top_k, *seed.view(np.int32)]
+        self._variant[row] = VARIANTS.index(_variant(params))
+        self._min_tokens[row] = params.min_tokens
+        # One that finds no place may be chosen, but doesn't end the output either.
+        ids = sorted(request.stop_token_ids)[:MAX_FORBIDDEN]
+        self._forbidden[row] = ids + [-1] * (MAX_FORBIDDEN - len(ids))
 
 
-def table_updates(decision: Decision) -> np.ndarray:
-    """The page-table cells that a decision enters, int32 [n, 3] of (row, column, page)."""
-    cells = [
-        (item.row, item.first_new_page + offset, page)
-        for item in decision.scheduled
-        for offset, page in enumerate(item.new_pages)
-    ]
-    return np.array(cells, np.int32).reshape(-1, 3)
+def _variant(params: SamplingParams) -> Variant:
+    """The least sampler that does what a request asks."""
+    if params.logprobs is not None:
+        return "logprobs"
+    plain = params.greedy and not params.has_penalties and not params.min_tokens
+    return "greedy" if plain else "sample"
 
 
 def padded_updates(updates: np.ndarray, count: int, rows: int) -> np.ndarray:
@@ -269,15 +265,13 @@ def unpack_inputs(
 def unpack_sampling(layout: Layout, words: jax.Array) -> SamplingInputs:
     """The sampler's inputs from the first ``layout.sampling_size`` words of a packed array."""
     fields = split_fields(words, layout.sampling_fields)
-
-    def floats(name: str) -> jax.Array:
-        return jax.lax.bitcast_convert_type(fields[name], jnp.float32)
-
+    settings = dict(zip(SETTINGS, fields["settings"]))
+    seed = jnp.stack([settings["seed_high"], settings["seed_low"]], axis=1)
     return SamplingInputs(
         row=fields["sample_row"],
         output_index=fields["output_index"],
-        top_k=fields["top_k"],
-        seed=jax.lax.bitcast_convert_type(fields["seed"], jnp.uint32),
+        top_k=settings["top_k"],
+        seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
         forbidden=fields["forbidden"],
-        **{name: floats(name) for name in FLOAT_WORDS},
+        **{name: jax.lax.bitcast_convert_type(settings[name], jnp.float32) for name in FLOAT_WORDS},
     )

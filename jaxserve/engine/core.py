@@ -10,13 +10,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-from jaxserve.engine.request import (
-    Decision,
-    FinishReason,
-    Request,
-    RequestUpdate,
-    SampledToken,
-)
+from jaxserve.engine.decision import Decision, StepResult
+from jaxserve.engine.request import FinishReason, Request, RequestUpdate
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.errors import ConfigError, EngineClosedError, InvalidRequestError
 from jaxserve.sampling.params import SamplingParams
@@ -28,8 +23,8 @@ class Runner(Protocol):
     def dispatch(self, decision: Decision) -> Any:
         """Starts a step; returns a handle for ``collect``."""
 
-    def collect(self, handle: Any) -> Sequence[SampledToken | None]:
-        """The tokens of a dispatched step, one entry per scheduled request."""
+    def collect(self, handle: Any) -> StepResult:
+        """Waits for a dispatched step; what it chose."""
 
     def close(self) -> None:
         """Frees what the runner holds."""
@@ -145,7 +140,7 @@ class Engine:
         if self._runner is None:
             raise EngineClosedError("this engine was closed; make a new one")
         decision = self.scheduler.schedule()
-        if decision.scheduled:
+        if decision.requests:
             self._in_flight.append((decision, self._runner.dispatch(decision)))
             if len(self._in_flight) <= self._run_ahead:
                 return []

@@ -2,7 +2,9 @@
 
 There is no prefill or decode phase: every request has tokens that are not computed yet, and each
 step hands its token budget to requests in order of arrival. A prompt longer than what is left is
-cut into chunks; a request that decodes has just one token to compute.
+cut into chunks; a request that decodes has just one token to compute. The budget is chosen so that
+steps are well filled; those that decode come first, since only the youngest has an unfinished
+prompt.
 
 The scheduler runs ahead of the device: it decides step n + 1 before it knows which tokens
 step n chose. What it must know, lengths, it knows; a request that turns out to have ended with step
@@ -11,21 +13,21 @@ n computes one surplus token in step n + 1, which ``update`` throws away.
 
 from __future__ import annotations
 
-import heapq
-from collections import deque
+import itertools
+from collections import OrderedDict
 from collections.abc import Sequence
 
+import numpy as np
+
+from jaxserve.engine.decision import Decision, StepResult
 from jaxserve.engine.page_allocator import PageAllocator, page_hash
-from jaxserve.engine.request import (
-    Decision,
-    FinishReason,
-    Request,
-    RequestUpdate,
-    SampledToken,
-    ScheduledRequest,
-    Status,
-)
+from jaxserve.engine.request import FinishReason, Request, RequestUpdate, Status
+from jaxserve.engine.running import Running
 from jaxserve.engine.stats import Stats
+from jaxserve.engine.step_size import StepFiller
+
+Cells = list[tuple[int, int, int]]
+"""Entries of the page table: row, column, page."""
 
 
 class Scheduler:
@@ -36,24 +38,29 @@ class Scheduler:
         max_rows: most requests that run at once.
         max_step_tokens: most tokens that a step computes.
         stats: counters to keep.
+        step_sizes: see StepFiller.
     """
 
     def __init__(
-        self, allocator: PageAllocator, max_rows: int, max_step_tokens: int, stats: Stats
+        self,
+        allocator: PageAllocator,
+        max_rows: int,
+        max_step_tokens: int,
+        stats: Stats,
+        step_sizes: Sequence[int] = (),
     ) -> None:
         self.allocator = allocator
-        self.max_rows = max_rows
         self.max_step_tokens = max_step_tokens
+        self._filler = StepFiller(step_sizes)
         self.stats = stats
         self.requests: dict[str, Request] = {}
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []
-        self._free_rows = list(range(max_rows))
+        self.waiting: OrderedDict[Request, None] = OrderedDict()
+        self.running = Running(max_rows)
 
     def add(self, request: Request) -> None:
         """Queues a request."""
         self.requests[request.request_id] = request
-        self.waiting.append(request)
+        self.waiting[request] = None
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Request | None:
         """Ends a request at once, wherever it is; None if it isn't there (any more)."""
@@ -64,51 +71,54 @@ class Scheduler:
 
     def schedule(self) -> Decision:
         """Decides the next step; an empty decision if nothing can be computed now."""
-        scheduled: list[ScheduledRequest] = []
-        budget, page_size = self.max_step_tokens, self.allocator.page_size
-        for request in self.running.copy():
-            tokens = min(request.num_schedulable_tokens, budget)
-            if tokens == 0 or request.status is not Status.RUNNING:
-                continue
-            first_new_page = len(request.pages)
-            room = first_new_page * page_size - request.num_computed_tokens
-            if tokens > room and not self._extend_pages(request, tokens):
-                continue
-            scheduled.append(self._schedule_one(request, tokens, first_new_page, new_row=False))
-            budget -= tokens
-        while self.waiting and budget > 0 and self._free_rows:
-            request = self.waiting[0]
-            if request.num_pending or not self._admit(request):
-                break  # first come, first served: nobody overtakes
-            tokens = min(request.num_schedulable_tokens, budget)
-            scheduled.append(self._schedule_one(request, tokens, 0, new_row=True))
-            budget -= tokens
-        return Decision(tuple(scheduled))
+        running, cells = self.running, Cells()
+        wanted = running.columns.num_schedulable_tokens()
+        budget = self._budget(wanted)
+        num_tokens = _grant(wanted, budget)
+        self._extend_pages(num_tokens, cells)
+        num_tokens, new = num_tokens[: len(running)], list[int]()
+        budget -= int(num_tokens.sum())
+        while budget > 0 and (length := self._admit_next(cells)):
+            new.append(min(length, budget))
+            budget -= new[-1]
+        if new:
+            num_tokens = np.concatenate([num_tokens, np.array(new, np.int32)])
+        return self._decide(num_tokens, len(new), cells)
 
-    def update(
-        self, decision: Decision, sampled: Sequence[SampledToken | None]
-    ) -> list[RequestUpdate]:
-        """Takes in what a completed step chose, one entry per scheduled request.
+    def update(self, decision: Decision, result: StepResult) -> list[RequestUpdate]:
+        """Takes in what a completed step chose.
 
-        Entries of requests that ended meanwhile are surplus and are dropped here.
+        Tokens of requests that ended meanwhile are surplus and are dropped here.
         """
-        updates = []
-        caching = self.allocator.enable_prefix_caching
-        for item, token in zip(decision.scheduled, sampled, strict=True):
-            request = item.request
-            if request.status is Status.FINISHED:
+        if self.allocator.enable_prefix_caching:
+            self._register_pages(decision)
+        updates, num_generated = [], 0
+        lanes = zip(
+            *(decision.requests, decision.samples.tolist(), decision.ends.tolist()),
+            *(result.token_ids, result.logprobs or [None] * decision.num_lanes),
+            strict=True,
+        )
+        for request, samples, ends, token_id, logprobs in lanes:
+            if not samples or request.finish_reason is not None:
                 continue
-            reason = None
-            if token is not None:
-                update = self._append(request, token)
-                updates.append(update)
-                reason = update.finish_reason
-            if reason is FinishReason.ERROR:
+            if request.num_pending:
+                request.num_pending -= 1
+            if token_id < 0:
                 self.allocator.forget(request.page_hashes)
-            elif caching and request.num_preemptions == item.num_preemptions:
-                self._register_pages(item)
+                updates.append(RequestUpdate(request, None, None, FinishReason.ERROR))
+                self._finish(request, FinishReason.ERROR)
+                continue
+            num_generated += 1
+            request.token_ids.append(token_id)
+            reason = None
+            if token_id in request.stop_token_ids and _may_stop(request):
+                request.stop_reason, reason = token_id, FinishReason.STOP
+            elif ends:
+                reason = FinishReason.LENGTH
+            updates.append(RequestUpdate(request, token_id, logprobs, reason))
             if reason is not None:
                 self._finish(request, reason)
+        self.stats.generation_tokens += num_generated
         return updates
 
     def check_integrity(self) -> None:
@@ -118,133 +128,186 @@ class Scheduler:
             RuntimeError: one is.
         """
         self.allocator.check_integrity(request.pages for request in self.requests.values())
-        rows = sorted([r.row for r in self.running] + self._free_rows)
-        if rows != list(range(self.max_rows)):
-            raise RuntimeError(f"rows are lost or owned twice: {rows}")
+        self.running.check_integrity()
         if len(self.requests) != len(self.waiting) + len(self.running):
             raise RuntimeError("a request is in no queue, or in two")
 
+    # --- deciding ---------------------------------------------------------------------------
+
+    def _budget(self, wanted: np.ndarray) -> int:
+        """How many tokens the step gets if those that run want so many, int32 [running]."""
+        num_lanes, num_running = int(np.count_nonzero(wanted)), int(wanted.sum())
+        num_tokens = num_running + self._num_waiting_tokens(self.max_step_tokens - num_running)
+        queue = len(self.waiting) > self.running.num_free_rows
+        num_tokens = min(num_tokens, self.max_step_tokens)
+        return self._filler.budget(num_lanes, num_running, num_tokens, queue)
+
+    def _num_waiting_tokens(self, enough: int) -> int:
+        """Tokens of the requests that can be admitted now, counted no further than ``enough``. May
+        be too many, since hits among the free pages count as free, but not too few."""
+        total, spare = 0, self.allocator.num_free - len(self.running)
+        for request in itertools.islice(self.waiting, self.running.num_free_rows):
+            num_tokens, num_hits = len(request.token_ids), len(self._hits(request))
+            missing = self.allocator.pages_for(num_tokens) - num_hits
+            if total >= enough or spare < missing or request.num_pending:
+                break
+            total += num_tokens - num_hits * self.allocator.page_size
+            spare -= missing + 1
+        return total
+
+    def _admit_next(self, cells: Cells) -> int:
+        """Gives the first waiting request a row and the pages of all its tokens, if there are
+        enough; returns how many tokens it has to compute, 0 if it must wait on.
+
+        First come, first served: nobody overtakes it. One free page per running request must
+        remain, else the next page that one of them needs would preempt this request right away.
+        """
+        request = next(iter(self.waiting), None)
+        if request is None or request.num_pending or not self.running.num_free_rows:
+            return 0
+        num_tokens, page_size = len(request.token_ids), self.allocator.page_size
+        hits = self._hits(request)
+        missing = self.allocator.pages_for(num_tokens) - len(hits)
+        if self.allocator.num_free_after_taking(hits) < missing + len(self.running):
+            return 0
+        del self.waiting[request]
+        self.allocator.take(hits)
+        pages = hits + self.allocator.allocate(missing)
+        num_computed = len(hits) * page_size
+        if request.num_cached_tokens is None:
+            request.num_cached_tokens = num_computed
+            self.stats.prompt_tokens += request.num_prompt_tokens
+            self.stats.cached_tokens += num_computed
+        self.running.add(request, num_computed)
+        self._give_pages(len(self.running) - 1, pages, cells)
+        return num_tokens - num_computed
+
+    def _extend_pages(self, num_tokens: np.ndarray, cells: Cells) -> None:
+        """Makes room for so many tokens more of each request that runs, int32 [running], preempting
+        the youngest where pages are short."""
+        columns, allocator = self.running.columns, self.allocator
+        goal = columns.num_computed_tokens + num_tokens
+        needed = -(-np.maximum(goal - columns.num_slots, 0) // allocator.page_size)
+        while (total := int(needed.sum())) > allocator.num_free:
+            self._preempt(self.running.requests[-1])
+            needed = needed[:-1]
+        pages = allocator.allocate(total)
+        for index in needed.nonzero()[0].tolist():
+            count = needed[index]
+            self._give_pages(index, pages[:count], cells)
+            pages = pages[count:]
+
+    def _give_pages(self, index: int, pages: list[int], cells: Cells) -> None:
+        request = self.running.requests[index]
+        cells += [(request.row, at, page) for at, page in enumerate(pages, len(request.pages))]
+        request.pages += pages
+        self.running.columns.num_slots[index] = len(request.pages) * self.allocator.page_size
+
+    def _decide(self, num_tokens: np.ndarray, num_new_rows: int, cells: Cells) -> Decision:
+        """The decision that gives each request that runs so many tokens, int32 [running]."""
+        running = self.running
+        lanes = num_tokens.nonzero()[0]
+        requests = list(itertools.compress(running.requests, num_tokens.tolist()))
+        columns, num_tokens = running.select(lanes), num_tokens[lanes]
+        start = columns.num_computed_tokens
+        samples = start + num_tokens == columns.num_tokens
+        running.columns.num_computed_tokens[lanes] += num_tokens
+        running.columns.num_tokens[lanes] += samples
+        if requests:
+            self.stats.kv_slots += int(running.columns.num_slots.sum())
+            self.stats.kv_tokens += int(running.columns.num_computed_tokens.sum())
+        return Decision(
+            requests,
+            num_new_rows,
+            row=columns.row,
+            start=start,
+            num_scheduled_tokens=num_tokens,
+            num_prompt_tokens=columns.num_prompt_tokens,
+            num_preemptions=columns.num_preemptions,
+            output_index=columns.num_tokens - columns.num_prompt_tokens,
+            samples=samples,
+            ends=samples & (columns.num_tokens + 1 == columns.max_num_tokens),
+            token_ids=_token_ids(requests, start, num_tokens, columns.num_given_tokens),
+            table_updates=np.array(cells, np.int32).reshape(-1, 3),
+        )
+
     # --- one request ------------------------------------------------------------------------
 
-    def _admit(self, request: Request) -> bool:
-        """Gives a waiting request a row and the pages of all its tokens, if there are enough.
+    def _register_pages(self, decision: Decision) -> None:
+        """Makes the pages findable that a completed step filled to the end. Those of requests whose
+        logits turn out to be bad are forgotten again before anybody looks for them."""
+        size = self.allocator.page_size
+        end = decision.start + decision.num_scheduled_tokens
+        firsts, lasts = decision.start // size, end // size
+        for lane in (firsts < lasts).nonzero()[0].tolist():
+            request, last = decision.requests[lane], int(lasts[lane])
+            # Who lost the pages since has others; who ended has none.
+            if request.num_preemptions == decision.num_preemptions[lane]:
+                self._hash_pages(request, last)
+                filled = slice(int(firsts[lane]), last)
+                for page, hash_ in zip(request.pages[filled], request.page_hashes[filled]):
+                    self.allocator.register(page, hash_)
 
-        One free page per running request must remain, else the next page that one of them needs
-        would preempt this request right away.
-        """
-        hits = self.allocator.match(self._hashes(request, request.num_tokens - 1))
-        missing = self.allocator.pages_for(request.num_tokens) - len(hits)
-        free = self.allocator.num_free_after_taking(hits)
-        if free < missing + len(self.running):
-            return False
-        self.waiting.popleft()
-        self.allocator.take(hits)
-        request.pages = hits + self.allocator.allocate(missing)
-        request.num_computed_tokens = len(hits) * self.allocator.page_size
-        if request.num_cached_tokens is None:
-            request.num_cached_tokens = request.num_computed_tokens
-            self.stats.prompt_tokens += request.num_prompt_tokens
-            self.stats.cached_tokens += request.num_cached_tokens
-        request.row = heapq.heappop(self._free_rows)
-        request.status = Status.RUNNING
-        self.running.append(request)
-        return True
-
-    def _extend_pages(self, request: Request, tokens: int) -> bool:
-        """Makes room for more tokens, preempting the youngest; False if that was the request."""
-        goal = self.allocator.pages_for(request.num_computed_tokens + tokens)
-        needed = goal - len(request.pages)
-        while needed > self.allocator.num_free:
-            victim = self.running[-1]
-            self._preempt(victim)
-            if victim is request:
-                return False
-        if needed > 0:
-            request.pages += self.allocator.allocate(needed)
-        return True
-
-    def _schedule_one(
-        self, request: Request, tokens: int, first_new_page: int, new_row: bool
-    ) -> ScheduledRequest:
-        start, total = request.num_computed_tokens, request.num_tokens
-        samples = start + tokens == total
-        new_pages = request.pages[first_new_page:]
-        item = ScheduledRequest(
-            request,
-            request.row,
-            start,
-            tokens,
-            samples,
-            total - request.num_prompt_tokens,
-            new_row,
-            first_new_page,
-            tuple(new_pages) if new_pages else (),
-            request.num_preemptions,
-        )
-        request.num_computed_tokens = start + tokens
-        request.num_pending += samples
-        return item
-
-    def _append(self, request: Request, token: SampledToken) -> RequestUpdate:
-        """Adds a token to a request and says whether it ends with it."""
-        token_id, logprobs = token
-        request.num_pending -= 1
-        if token_id < 0:
-            return RequestUpdate(request, None, None, FinishReason.ERROR)
-        request.token_ids.append(token_id)
-        self.stats.generation_tokens += 1
-        reason = None
-        outputs = len(request.token_ids) - request.num_prompt_tokens
-        if token_id in request.stop_token_ids and outputs >= request.params.min_tokens:
-            request.stop_reason = token_id
-            reason = FinishReason.STOP
-        elif outputs >= request.max_tokens:
-            reason = FinishReason.LENGTH
-        return RequestUpdate(request, token_id, logprobs, reason)
-
-    def _register_pages(self, item: ScheduledRequest) -> None:
-        """Makes the pages findable that a completed step filled to the end."""
-        size, request = self.allocator.page_size, item.request
-        end = item.start + item.num_scheduled_tokens
-        first, last = item.start // size, end // size
-        if first < last:
-            hashes = self._hashes(request, end)
-            for page, hash_ in zip(request.pages[first:last], hashes[first:last]):
-                self.allocator.register(page, hash_)
-
-    def _hashes(self, request: Request, num_tokens: int) -> list[bytes]:
-        """Hashes of the full pages within the first ``num_tokens`` tokens."""
+    def _hits(self, request: Request) -> list[int]:
+        """Pages of a waiting request that are cached; its last token is always left to compute."""
         if not self.allocator.enable_prefix_caching:
             return []
+        num_pages = (len(request.token_ids) - 1) // self.allocator.page_size
+        self._hash_pages(request, num_pages)
+        return self.allocator.match(request.page_hashes[:num_pages])
+
+    def _hash_pages(self, request: Request, num_pages: int) -> None:
+        """Makes sure that the hashes of the first so many pages are known."""
         size, hashes = self.allocator.page_size, request.page_hashes
-        for index in range(len(hashes), num_tokens // size):
+        for index in range(len(hashes), num_pages):
             parent = hashes[-1] if hashes else request.cache_salt
             tokens = request.token_ids[index * size : (index + 1) * size]
             hashes.append(page_hash(parent, tokens))
-        return hashes[: num_tokens // size]
 
     def _preempt(self, request: Request) -> None:
         """Takes a running request's pages and row away; it is computed anew later."""
-        self._release(request)
-        request.num_computed_tokens = 0
+        request.num_pending = self._release(request)
         request.num_preemptions += 1
         request.status = Status.WAITING
-        self.waiting.appendleft(request)
+        self.waiting[request] = None
+        self.waiting.move_to_end(request, last=False)
         self.stats.preemptions += 1
 
-    def _release(self, request: Request) -> None:
-        self.running.remove(request)
+    def _release(self, request: Request) -> int:
+        """Takes the pages and the row away; returns how many tokens are still to come."""
         self.allocator.free(request.pages)
         request.pages = []
-        heapq.heappush(self._free_rows, request.row)
-        request.row = -1
+        return self.running.remove(request)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:
         if request.status is Status.RUNNING:
             self._release(request)
         else:
-            self.waiting.remove(request)
+            del self.waiting[request]
         request.status = Status.FINISHED
         request.finish_reason = reason
         del self.requests[request.request_id]
         self.stats.finished[str(reason)] = self.stats.finished.get(str(reason), 0) + 1
+
+
+def _grant(wanted: np.ndarray, budget: int) -> np.ndarray:
+    """Hands out a budget in order, int32 [n]: what each wants, as long as it lasts."""
+    before = wanted.cumsum(dtype=np.int32) - wanted
+    return np.minimum(wanted, np.maximum(budget - before, 0))
+
+
+def _may_stop(request: Request) -> bool:
+    """Whether its output is long enough to end at a stop token."""
+    return len(request.token_ids) - request.num_prompt_tokens >= request.params.min_tokens
+
+
+def _token_ids(
+    requests: list[Request], start: np.ndarray, num_tokens: np.ndarray, num_given: np.ndarray
+) -> np.ndarray:
+    """The scheduled tokens' ids, lane after lane; -1 for those that were sampled in the row."""
+    ends = num_tokens.cumsum()
+    token_ids = np.full(num_tokens.sum(), -1, np.int32)
+    for lane in (start < num_given).nonzero()[0].tolist():
+        known = requests[lane].token_ids[start[lane] : start[lane] + num_tokens[lane]]
+        token_ids[ends[lane] - num_tokens[lane] : ends[lane]] = known
+    return token_ids

@@ -30,7 +30,8 @@ class AttentionBatch:
             range of its keys; an unused item has start = end = 0.
         decode_first, decode_count: [L], the items of a lane, 0 of them unless query_len is 1.
         tile_lane, tile_start: [C], one tile of queries each, from query ``tile_start`` of the lane;
-            an unused tile starts at its lane's query_len or behind. C is 0 for decode-only buckets.
+            an unused tile starts at its lane's query_len or behind. Those that see the most keys
+            come first, unused ones last. C is 0 for decode-only buckets.
         tile_tokens: queries in a tile.
     """
 
@@ -78,7 +79,7 @@ def plan_sizes(lanes: int, tokens: int, group: int, split: bool) -> PlanSizes:
     tile_tokens = max(1, 128 // power_of_two(group))
     # Each lane may end in a partly filled tile.
     tiles = 0 if tokens == lanes else -(-tokens // tile_tokens) + lanes
-    return PlanSizes(lanes, 2 * lanes + 64 if split else lanes, tiles, tile_tokens)
+    return PlanSizes(lanes, lanes + 64 if split else lanes, tiles, tile_tokens)
 
 
 def plan(query_len: np.ndarray, kv_len: np.ndarray, sizes: PlanSizes) -> dict[str, np.ndarray]:
@@ -91,34 +92,48 @@ def plan(query_len: np.ndarray, kv_len: np.ndarray, sizes: PlanSizes) -> dict[st
     Returns:
         The ``decode_*`` and ``tile_*`` arrays of an AttentionBatch, padded to ``sizes``.
     """
-    lanes = len(query_len)
-    keys = np.where(query_len == 1, kv_len, 0)
+    keys = kv_len * (query_len == 1)
     chunk = _chunk(keys, sizes)
     counts = -(-keys // chunk)
-    first = np.cumsum(counts) - counts
-    lane = np.repeat(np.arange(lanes), counts)
-    start = (np.arange(len(lane)) - first[lane]) * chunk
-    end = np.minimum(start + chunk, keys[lane])
-    tile_counts = np.where(query_len > 1, -(-query_len // sizes.tile_tokens), 0)
-    tile_first = np.cumsum(tile_counts) - tile_counts
-    tile_lane = np.repeat(np.arange(lanes), tile_counts)
-    tile_start = (np.arange(len(tile_lane)) - tile_first[tile_lane]) * sizes.tile_tokens
-    unused_tile = np.iinfo(np.int32).max // 2  # behind every lane's queries
-    return {
+    lane, first, start = _cut(counts, chunk)
+    arrays = {
         "decode_lane": _padded(lane, sizes.decode_items),
         "decode_start": _padded(start, sizes.decode_items),
-        "decode_end": _padded(end, sizes.decode_items),
+        "decode_end": _padded(np.minimum(start + chunk, keys[lane]), sizes.decode_items),
         "decode_first": _padded(first, sizes.lanes),
         "decode_count": _padded(counts, sizes.lanes),
-        "tile_lane": _padded(tile_lane, sizes.tiles),
-        "tile_start": _padded(tile_start, sizes.tiles, unused_tile),
     }
+    if sizes.tiles:
+        tile_counts = -(-query_len // sizes.tile_tokens) * (query_len > 1)
+        lane, _, start = _cut(tile_counts, sizes.tile_tokens)
+        # Those that see the most keys come first, so that none of them is left over at the end.
+        longest = np.argsort((query_len - kv_len)[lane] - start, kind="stable")
+        lane, start = lane[longest], start[longest]
+    else:
+        lane = start = np.zeros(0, np.int32)
+    unused_tile = np.iinfo(np.int32).max // 2  # behind every lane's queries
+    arrays["tile_lane"] = _padded(lane, sizes.tiles)
+    arrays["tile_start"] = _padded(start, sizes.tiles, unused_tile)
+    return arrays
+
+
+def _cut(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The pieces of lanes that are cut into ``counts`` pieces of ``size`` each: every piece's lane,
+    every lane's first piece, and every piece's start in its lane."""
+    first = counts.cumsum() - counts
+    lane = np.arange(len(counts)).repeat(counts)
+    return lane, first, (np.arange(len(lane)) - first[lane]) * size
 
 
 def _chunk(keys: np.ndarray, sizes: PlanSizes) -> int:
     """The smallest multiple of ``min_chunk`` keys per item for which the items suffice."""
     units = -(-keys // sizes.min_chunk)
-    low, high = 1, max(int(units.max(initial=1)), 1)
+    total, longest = int(units.sum()), int(units.max(initial=1))
+    # Each lane's items are its units / middle, rounded up: at least the quotient, and less than one
+    # more. So the sum bounds the search from both sides.
+    spare = sizes.decode_items - len(keys)
+    low = max(1, -(-total // sizes.decode_items))
+    high = max(low, min(longest, -(-total // spare))) if spare > 0 else max(low, longest)
     while low < high:
         middle = (low + high) // 2
         if int((-(-units // middle)).sum()) > sizes.decode_items:

@@ -14,8 +14,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from jaxserve.engine.core import Engine
+from jaxserve.engine.decision import Decision, StepResult
 from jaxserve.engine.page_allocator import PADDING_PAGE, PageAllocator
-from jaxserve.engine.request import Decision, Request, RequestUpdate, SampledToken, ScheduledRequest
+from jaxserve.engine.request import Request, RequestUpdate
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.stats import Stats
 
@@ -66,8 +67,6 @@ class Lane:
 
     row: int
     new_row: bool
-    first_new_page: int
-    new_pages: tuple[int, ...]
     start: int
     token_ids: tuple[int, ...]
     samples: bool
@@ -87,7 +86,8 @@ class Step:
 
     number: int
     lanes: list[Lane]
-    sampled: list[SampledToken | None] | None = None
+    cells: list[list[int]]
+    token_ids: list[int] | None = None
 
 
 class FakeRunner:
@@ -134,19 +134,20 @@ class FakeRunner:
         assert not self.closed
         self._execute_until(self._num_dispatched)
         self._num_dispatched += 1
-        self._check(decision)
-        step = Step(self._num_dispatched, [self._lane(item) for item in decision.scheduled])
+        lanes = self._lanes(decision)
+        self._check(decision, lanes)
+        step = Step(self._num_dispatched, lanes, decision.table_updates.tolist())
         self._stream.append(step)
         return step
 
-    def collect(self, step: Step) -> list[SampledToken | None]:
+    def collect(self, step: Step) -> StepResult:
         """The tokens of the oldest step that was not collected yet."""
         assert not self.closed
         assert step.number == self._num_collected + 1, "collected twice or out of order"
         self._execute_until(step.number)
         self._num_collected = step.number
-        assert step.sampled is not None
-        return step.sampled
+        assert step.token_ids is not None
+        return StepResult(step.token_ids)
 
     def close(self) -> None:
         """Refuses all further work."""
@@ -161,25 +162,25 @@ class FakeRunner:
 
     def _execute(self, step: Step) -> None:
         for lane in step.lanes:
-            table = self._page_table[lane.row]
             if lane.new_row:
-                table[:] = [PADDING_PAGE] * len(table)
-            for column, page in enumerate(lane.new_pages, lane.first_new_page):
-                table[column] = page
+                self._page_table[lane.row] = [PADDING_PAGE] * len(self._pool)
+        for row, column, page in step.cells:
+            self._page_table[row][column] = page
         for lane in step.lanes:
             for position, token in enumerate(lane.token_ids, lane.start):
                 known = self._last_token[lane.row] if token == -1 else token
                 page, slot = self._place(lane.row, position)
                 before = self._read(lane.row, max(position - 1, 0), position)
                 self._pool[page][slot] = key_of(known, before)
-        step.sampled = [self._sample(lane) if lane.samples else None for lane in step.lanes]
+        # What stands for a lane that samples nothing must not matter: it isn't a token here.
+        step.token_ids = [self._sample(lane) if lane.samples else UNWRITTEN for lane in step.lanes]
 
-    def _sample(self, lane: Lane) -> SampledToken:
+    def _sample(self, lane: Lane) -> int:
         keys = self._read(lane.row, 0, lane.end)
         token = next_token(keys, self.vocab_size, lane.seed, lane.output_index)
         self._last_token[lane.row] = token
         self.num_sampled += 1
-        return SampledToken(-1 if lane.fails else token)
+        return -1 if lane.fails else token
 
     def _read(self, row: int, start: int, end: int) -> list[int]:
         places = [self._place(row, position) for position in range(start, end)]
@@ -190,68 +191,76 @@ class FakeRunner:
 
     # --- the host -----------------------------------------------------------------------------
 
-    def _lane(self, item: ScheduledRequest) -> Lane:
-        request = item.request
-        return Lane(
-            row=item.row,
-            new_row=item.new_row,
-            first_new_page=item.first_new_page,
-            new_pages=item.new_pages,
-            start=item.start,
-            token_ids=tuple(item.token_ids),
-            samples=item.samples,
-            output_index=item.output_index,
-            seed=None if request.params.greedy else request.seed,
-            fails=request.request_id in self.fail_rows,
-        )
+    def _lanes(self, decision: Decision) -> list[Lane]:
+        token_ids, lanes = decision.token_ids.tolist(), []
+        for lane, request in enumerate(decision.requests):
+            count = int(decision.num_scheduled_tokens[lane])
+            lanes.append(
+                Lane(
+                    row=int(decision.row[lane]),
+                    new_row=lane >= decision.num_lanes - decision.num_new_rows,
+                    start=int(decision.start[lane]),
+                    token_ids=tuple(token_ids[:count]),
+                    samples=bool(decision.samples[lane]),
+                    output_index=int(decision.output_index[lane]),
+                    seed=None if request.params.greedy else request.seed,
+                    fails=request.request_id in self.fail_rows,
+                )
+            )
+            assert count > 0, "a lane without tokens"
+            token_ids = token_ids[count:]
+        assert not token_ids, "more tokens than the lanes have"
+        return lanes
 
-    def _check(self, decision: Decision) -> None:
-        scheduled = decision.scheduled
-        assert scheduled, "an empty step"
-        assert len({item.row for item in scheduled}) == len(scheduled), "a row twice"
-        assert len({item.request for item in scheduled}) == len(scheduled), "a request twice"
+    def _check(self, decision: Decision, lanes: list[Lane]) -> None:
+        assert lanes, "an empty step"
+        assert len({lane.row for lane in lanes}) == len(lanes), "a row twice"
+        assert len(set(decision.requests)) == len(lanes), "a request twice"
         if self.max_step_tokens is not None:
             assert decision.num_tokens <= self.max_step_tokens, "over the token budget"
-        for item in scheduled:
-            self._check_row(item)
+        for at, (request, lane) in enumerate(zip(decision.requests, lanes)):
+            self._check_row(request, int(decision.num_preemptions[at]), lane)
+            assert decision.num_prompt_tokens[at] == request.num_prompt_tokens
+        for row, column, page in decision.table_updates.tolist():
+            assert any(row == lane.row for lane in lanes), "a page for a row without tokens"
+            assert column == len(self._pages[row]), "columns are skipped or written again"
+            self._pages[row].append(page)
         live = [request for row, (request, _) in self._holder.items() if request.row == row]
         owners = Counter(page for request in live for page in request.pages)
-        for item in scheduled:
-            self._check_pages(item, owners)
+        for request, lane in zip(decision.requests, lanes):
+            self._check_pages(request, lane, owners)
 
-    def _check_row(self, item: ScheduledRequest) -> None:
+    def _check_row(self, request: Request, num_preemptions: int, lane: Lane) -> None:
         """A row belongs to one request from its new_row on, and its positions have no gap."""
-        request, row = item.request, item.row
+        row = lane.row
         assert 0 <= row < self.max_rows and request.row == row
-        if item.new_row:
+        if lane.new_row:
             previous = self._holder.get(row, (None, 0))[0]
             assert previous is None or previous is request or previous.row != row, "row is taken"
-            self._holder[row] = request, item.num_preemptions
+            self._holder[row] = request, num_preemptions
             self._pages[row] = []
-            assert item.start % self.page_size == 0, "a hit on part of a page"
+            assert lane.start % self.page_size == 0, "a hit on part of a page"
         else:
-            assert self._holder[row] == (request, item.num_preemptions), "row has another request"
-            assert item.start == self._end[row], "a gap between steps"
-        self._end[row] = item.start + item.num_scheduled_tokens
-        assert item.num_scheduled_tokens > 0
-        assert len(item.token_ids) == item.num_scheduled_tokens
-        unknown = [at for at, token in enumerate(item.token_ids) if token == -1]
-        assert unknown in ([], [item.num_scheduled_tokens - 1]), "an unknown token before the last"
-        assert not (unknown and item.new_row), "the last token of a new row is unknown"
+            assert self._holder[row] == (request, num_preemptions), "row has another request"
+            assert lane.start == self._end[row], "a gap between steps"
+        self._end[row] = lane.end
+        unknown = [at for at, token in enumerate(lane.token_ids) if token == -1]
+        assert unknown in ([], [len(lane.token_ids) - 1]), "an unknown token before the last"
+        assert not (unknown and lane.new_row), "the last token of a new row is unknown"
+        length = request.num_prompt_tokens + lane.output_index
+        assert lane.samples == (lane.end == length), "a token is chosen after the last one only"
 
-    def _check_pages(self, item: ScheduledRequest, owners: Counter[int]) -> None:
+    def _check_pages(self, request: Request, lane: Lane, owners: Counter[int]) -> None:
         """Tokens go to pages with one owner; what was computed before lies in finished pages."""
-        pages = self._pages[item.row]
-        assert len(pages) == item.first_new_page, "columns are skipped or written again"
-        pages += item.new_pages
-        assert pages == item.request.pages, "the row's page table is not the request's"
+        pages = self._pages[lane.row]
+        assert pages == request.pages, "the row's page table is not the request's"
         assert PADDING_PAGE not in pages
-        first, end = item.start, item.start + item.num_scheduled_tokens
+        first, end = lane.start, lane.end
         assert end <= len(pages) * self.page_size, "tokens without a page"
         for page in pages[first // self.page_size : (end - 1) // self.page_size + 1]:
             assert owners[page] == 1, f"page {page} is written but has {owners[page]} owners"
             self._writer[page] = self._num_dispatched
-        if item.new_row:
+        if lane.new_row:
             for page in pages[: first // self.page_size]:
                 assert 0 < self._writer[page] <= self._num_collected, "a hit before it is written"
 
@@ -262,6 +271,7 @@ def fake_engine(
     page_size: int = 4,
     max_rows: int = 8,
     max_step_tokens: int = 16,
+    step_sizes: Sequence[int] = (),
     max_model_len: int | None = None,
     vocab_size: int = 100,
     enable_prefix_caching: bool = True,
@@ -274,7 +284,7 @@ def fake_engine(
     allocator = PageAllocator(num_pages, page_size, enable_prefix_caching)
     runner = FakeRunner(num_pages, page_size, max_rows, vocab_size, max_step_tokens, fail_rows)
     engine = Engine(
-        Scheduler(allocator, max_rows, max_step_tokens, Stats()),
+        Scheduler(allocator, max_rows, max_step_tokens, Stats(), step_sizes),
         runner,
         max_model_len=max_model_len or allocator.num_usable * page_size,
         vocab_size=vocab_size,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from jaxserve.engine import batch
 from jaxserve.engine.batch import Bucket, Layout, Packer
+from jaxserve.engine.decision import Decision
 from jaxserve.engine.page_allocator import PADDING_PAGE
-from jaxserve.engine.request import Decision, Request, ScheduledRequest
+from jaxserve.engine.request import Request
 from jaxserve.sampling.params import SamplingParams
 
 ROWS, PAGE_SIZE, COLUMNS = 6, 4, 16
+DEFAULT = SamplingParams()
 LAST_TOKEN = 1000 + np.arange(ROWS, dtype=np.int32)
 
 
@@ -26,53 +28,75 @@ def layout_of(lanes: int, tokens: int, split: bool = False) -> Layout:
     return Layout.make(Bucket(lanes, tokens), PAGE_SIZE, ROWS, group=2, split=split)
 
 
-def part(
-    row: int,
-    start: int,
-    count: int,
-    *,
-    unknown_last: bool = False,
-    samples: bool = True,
-    new_row: bool = False,
-    prompt_len: int | None = None,
-    pages_from: int = 0,
-    params: SamplingParams | None = None,
-    stop_token_ids: frozenset[int] = frozenset(),
-    seed: int = 0,
-) -> ScheduledRequest:
+@dataclass(frozen=True)
+class Part:
     """A request's part of a step: ``count`` tokens from ``start``, in a row with pages of its own
-    (row r has pages 100 r + 1, 100 r + 2, ...), entered from column ``pages_from``."""
-    known = [10 * row + position for position in range(start + count - unknown_last)]
-    num_pages = -(-(start + count) // PAGE_SIZE)
-    pages = [100 * row + 1 + column for column in range(num_pages)]
-    request = Request(
-        request_id=str(row),
-        token_ids=known,
-        params=params or SamplingParams(),
-        max_tokens=99,
-        stop_token_ids=stop_token_ids,
-        seed=seed,
-        num_prompt_tokens=min(prompt_len or len(known), len(known)),
-        pages=pages,
-        row=row,
+    (row r has pages 100 r + 1, 100 r + 2, ...)."""
+
+    row: int
+    start: int
+    count: int
+    unknown_last: bool = False
+    samples: bool = True
+    params: SamplingParams = DEFAULT
+    stop_token_ids: frozenset[int] = frozenset()
+    seed: int = 0
+    prompt_len: int = 1
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The scheduled tokens."""
+        ids = [10 * self.row + position for position in range(self.start, self.start + self.count)]
+        return [*ids[:-1], -1] if self.unknown_last else ids
+
+    @property
+    def pages(self) -> list[int]:
+        num_pages = -(-(self.start + self.count) // PAGE_SIZE)
+        return [100 * self.row + 1 + column for column in range(num_pages)]
+
+    @property
+    def request(self) -> Request:
+        return Request(
+            request_id=str(self.row),
+            token_ids=[0],
+            params=self.params,
+            max_tokens=99,
+            stop_token_ids=self.stop_token_ids,
+            seed=self.seed,
+            row=self.row,
+        )
+
+
+def decision_of(*parts: Part, num_new_rows: int = 0, table_updates: Any = ()) -> Decision:
+    """A step of these parts; the last ``num_new_rows`` have a row that changed hands."""
+
+    def column(name: str) -> np.ndarray:
+        return np.array([getattr(part, name) for part in parts])
+
+    return Decision(
+        [part.request for part in parts],
+        num_new_rows,
+        row=column("row").astype(np.int32),
+        start=column("start").astype(np.int32),
+        num_scheduled_tokens=column("count").astype(np.int32),
+        num_prompt_tokens=column("prompt_len").astype(np.int32),
+        num_preemptions=np.zeros(len(parts), np.int32),
+        output_index=np.full(len(parts), 3, np.int32),
+        samples=column("samples"),
+        ends=np.zeros(len(parts), bool),
+        token_ids=np.array([token for part in parts for token in part.token_ids], np.int32),
+        table_updates=np.array(table_updates, np.int32).reshape(-1, 3),
     )
-    return ScheduledRequest(
-        request=request,
-        row=row,
-        start=start,
-        num_scheduled_tokens=count,
-        samples=samples,
-        output_index=3,
-        new_row=new_row,
-        first_new_page=pages_from,
-        new_pages=tuple(pages[pages_from:]),
-        num_preemptions=0,
-    )
+
+
+def pack(packer: Packer, layout: Layout, decision: Decision) -> np.ndarray:
+    packer.enter_new_rows(decision)
+    return packer.pack(layout, decision, decision.table_updates)
 
 
 @st.composite
-def decisions(draw: st.DrawFn, lanes: int, tokens: int) -> Decision:
-    """Any decision that fits a bucket: rows in any order, chunks anywhere."""
+def steps(draw: st.DrawFn, lanes: int, tokens: int) -> list[Part]:
+    """Any step that fits a bucket: rows in any order, chunks anywhere."""
     rows = draw(st.permutations(range(ROWS)))[: draw(st.integers(1, min(lanes, ROWS)))]
     left = tokens - len(rows)
     parts = []
@@ -80,16 +104,18 @@ def decisions(draw: st.DrawFn, lanes: int, tokens: int) -> Decision:
         more = draw(st.integers(0, left)) if tokens > lanes else 0
         left -= more
         start = draw(st.integers(0, COLUMNS * PAGE_SIZE - more - 1))
-        unknown = start + more > 0 and draw(st.booleans())
-        parts.append(part(row, start, 1 + more, unknown_last=unknown, samples=draw(st.booleans())))
-    return Decision(tuple(parts))
+        unknown, samples = draw(st.booleans()), draw(st.booleans())
+        prompt_len = draw(st.integers(1, COLUMNS * PAGE_SIZE))
+        part = Part(row, start, 1 + more, unknown, samples, prompt_len=prompt_len)
+        parts.append(part)
+    return parts
 
 
-def full_table(decision: Decision) -> np.ndarray:
-    """A table in which all pages of the decision stand."""
+def full_table(parts: list[Part]) -> np.ndarray:
+    """A table in which all pages of a step stand."""
     table = np.zeros((ROWS, COLUMNS), np.int32)
-    for item in decision.scheduled:
-        table[item.row, : len(item.request.pages)] = item.request.pages
+    for part in parts:
+        table[part.row, : len(part.pages)] = part.pages
     return table
 
 
@@ -99,36 +125,36 @@ def full_table(decision: Decision) -> np.ndarray:
 def test_the_model_gets_each_token_where_it_belongs(
     lanes: int, tokens: int, data: st.DataObject
 ) -> None:
-    decision = data.draw(decisions(lanes, tokens))
+    parts = data.draw(steps(lanes, tokens))
     layout = layout_of(lanes, tokens)
-    packed = Packer(ROWS).pack(layout, decision, np.zeros((0, 3), np.int32))
+    packed = pack(Packer(ROWS), layout, decision_of(*parts))
     inputs, table = batch.unpack_inputs(
-        layout, packed, jnp.asarray(full_table(decision)), jnp.asarray(LAST_TOKEN)
+        layout, packed, jnp.asarray(full_table(parts)), jnp.asarray(LAST_TOKEN)
     )
-    np.testing.assert_array_equal(table, full_table(decision))
+    np.testing.assert_array_equal(table, full_table(parts))
     at = 0
-    for lane, item in enumerate(decision.scheduled):
-        places = slice(at, at + item.num_scheduled_tokens)
-        position = np.arange(item.start, item.start + item.num_scheduled_tokens)
-        ids = [LAST_TOKEN[item.row] if token == -1 else token for token in item.token_ids]
+    for lane, part in enumerate(parts):
+        places = slice(at, at + part.count)
+        position = np.arange(part.start, part.start + part.count)
+        ids = [LAST_TOKEN[part.row] if token == -1 else token for token in part.token_ids]
         np.testing.assert_array_equal(inputs.token_ids[places], ids)
         np.testing.assert_array_equal(inputs.positions[places], position)
-        pages = np.array(item.request.pages)
+        pages = np.array(part.pages)
         np.testing.assert_array_equal(inputs.write_page[places], pages[position // PAGE_SIZE])
         np.testing.assert_array_equal(inputs.write_slot[places], position % PAGE_SIZE)
-        longest = np.maximum(item.request.num_prompt_tokens, position + 1)
+        longest = np.maximum(part.prompt_len, position + 1)
         np.testing.assert_array_equal(inputs.rope_lengths[places], longest)
-        at += item.num_scheduled_tokens
+        at += part.count
         assert inputs.sample_index[lane] == at - 1
         attention = inputs.attention
-        assert attention.row[lane] == item.row
-        assert attention.query_start[lane] == at - item.num_scheduled_tokens
-        assert attention.query_len[lane] == item.num_scheduled_tokens
+        assert attention.row[lane] == part.row
+        assert attention.query_start[lane] == at - part.count
+        assert attention.query_len[lane] == part.count
         assert attention.kv_len[lane] == position[-1] + 1
     # What is left over writes to the padding page, attends to nothing and reads nothing unknown.
     np.testing.assert_array_equal(inputs.write_page[at:], PADDING_PAGE)
     np.testing.assert_array_equal(inputs.positions[at:], 0)
-    count = len(decision.scheduled)
+    count = len(parts)
     for name in ("query_len", "kv_len", "decode_count"):
         np.testing.assert_array_equal(getattr(inputs.attention, name)[count:], 0)
     assert (np.asarray(inputs.sample_index) < tokens).all()
@@ -161,26 +187,20 @@ SETTINGS = [
 
 def sampling_of(packer: Packer, decision: Decision) -> Any:
     layout = layout_of(4, 8)
-    packed = packer.pack(layout, decision, np.zeros((0, 3), np.int32))
-    return batch.unpack_sampling(layout, jnp.asarray(packed))
+    return batch.unpack_sampling(layout, jnp.asarray(pack(packer, layout, decision)))
 
 
 def test_sampling_settings_arrive_and_stay_with_the_row() -> None:
     """They are written when the row changes hands, and found again in whatever lane it stands."""
     packer = Packer(ROWS)
     rows, seeds = [4, 0, 2], [2**64 - 1, 7, 1 << 32]
-    items = [
-        part(row, 0, 1, new_row=True, params=params, seed=seed)
+    parts = [
+        Part(row, 0, 1, params=params, seed=seed)
         for row, params, seed in zip(rows, SETTINGS, seeds)
     ]
-    sampling_of(packer, Decision(tuple(items)))
-    later = [
-        item._replace(
-            new_row=False, request=dataclasses.replace(item.request, params=SamplingParams())
-        )
-        for item in items
-    ]
-    inputs = sampling_of(packer, Decision(tuple(later[::-1])))
+    sampling_of(packer, decision_of(*parts, num_new_rows=3))
+    later = [Part(row, 0, 1) for row in reversed(rows)]
+    inputs = sampling_of(packer, decision_of(*later))
     for lane, (row, params, seed) in enumerate(zip(rows[::-1], SETTINGS[::-1], seeds[::-1])):
         assert inputs.row[lane] == row
         for name in (*batch.FLOAT_WORDS, "top_k"):
@@ -191,50 +211,57 @@ def test_sampling_settings_arrive_and_stay_with_the_row() -> None:
 
 
 def test_a_lane_that_samples_nothing_has_no_row() -> None:
-    inputs = sampling_of(
-        Packer(ROWS), Decision((part(1, 0, 2, samples=False), part(2, 0, 2, new_row=True)))
-    )
-    assert inputs.row.tolist() == [ROWS, 2, ROWS, ROWS]
+    decision = decision_of(Part(1, 0, 2, samples=False), Part(2, 0, 2), num_new_rows=1)
+    assert sampling_of(Packer(ROWS), decision).row.tolist() == [ROWS, 2, ROWS, ROWS]
 
 
 @pytest.mark.parametrize(("min_tokens", "forbidden"), [(4, [5, 9, 200]), (3, []), (0, [])])
 def test_stop_tokens_are_forbidden_until_min_tokens(min_tokens: int, forbidden: list[int]) -> None:
     """The output index is 3: this is the fourth token."""
     params = SamplingParams(min_tokens=min_tokens)
-    item = part(1, 0, 1, new_row=True, params=params, stop_token_ids=frozenset([9, 200, 5]))
-    inputs = sampling_of(Packer(ROWS), Decision((item,)))
-    assert [token for token in inputs.forbidden[0].tolist() if token >= 0] == forbidden
-    assert (inputs.forbidden[1:] == -1).all()
+    part = Part(1, 0, 1, params=params, stop_token_ids=frozenset([9, 200, 5]))
+    inputs = sampling_of(Packer(ROWS), decision_of(Part(2, 0, 1), part, num_new_rows=1))
+    assert [token for token in inputs.forbidden[1].tolist() if token >= 0] == forbidden
+    assert (np.asarray(inputs.forbidden)[[0, 2, 3]] == -1).all()
 
 
 def test_more_end_tokens_than_there_is_room_for_are_no_error() -> None:
     """A model may have any number of its own."""
     params = SamplingParams(min_tokens=4)
-    item = part(1, 0, 1, new_row=True, params=params, stop_token_ids=frozenset(range(100)))
-    inputs = sampling_of(Packer(ROWS), Decision((item,)))
+    part = Part(1, 0, 1, params=params, stop_token_ids=frozenset(range(100)))
+    inputs = sampling_of(Packer(ROWS), decision_of(part, num_new_rows=1))
     assert inputs.forbidden[0].tolist() == list(range(batch.MAX_FORBIDDEN))
+
+
+@pytest.mark.parametrize(
+    ("settings", "variant"),
+    [
+        ({"temperature": 0}, "greedy"),
+        ({}, "sample"),
+        ({"temperature": 0, "presence_penalty": 1.0}, "sample"),
+        ({"temperature": 0, "min_tokens": 1}, "sample"),
+        ({"temperature": 0, "logprobs": 0}, "logprobs"),
+    ],
+)
+def test_the_most_demanding_lane_of_a_step_chooses_the_sampler(
+    settings: dict[str, Any], variant: str
+) -> None:
+    packer = Packer(ROWS)
+    greedy = Part(1, 0, 1, params=SamplingParams(temperature=0))
+    demanding = Part(2, 0, 1, params=SamplingParams(**settings))
+    decision = decision_of(demanding, greedy, num_new_rows=2)
+    packer.enter_new_rows(decision)
+    assert packer.variant(decision) == variant
+    assert packer.variant(decision_of(greedy)) == "greedy"
 
 
 # --- the page table -------------------------------------------------------------------------------
 
 
-def test_table_updates_name_every_new_page() -> None:
-    decision = Decision((part(2, 0, 9), part(5, 7, 6, pages_from=2)))
-    assert batch.table_updates(decision).tolist() == [
-        [2, 0, 201],
-        [2, 1, 202],
-        [2, 2, 203],
-        [5, 2, 503],
-        [5, 3, 504],
-    ]
-    assert batch.table_updates(Decision((part(0, 3, 1, pages_from=1),))).shape == (0, 3)
-
-
 def test_updates_change_just_their_cells_and_unused_ones_none() -> None:
     layout = layout_of(6, 20)
-    decision = Decision((part(2, 0, 9),))
-    updates = batch.table_updates(decision)
-    packed = Packer(ROWS).pack(layout, decision, updates)
+    cells = [(2, 0, 201), (2, 1, 202), (2, 2, 203)]
+    packed = pack(Packer(ROWS), layout, decision_of(Part(2, 0, 9), table_updates=cells))
     before = np.random.default_rng(0).integers(0, 99, (ROWS, COLUMNS)).astype(np.int32)
     inputs, after = jax.jit(batch.unpack_inputs, static_argnums=0)(
         layout, packed, jnp.asarray(before), jnp.asarray(LAST_TOKEN)

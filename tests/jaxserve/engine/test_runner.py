@@ -13,7 +13,7 @@ from jaxserve import LLM
 from jaxserve.config import DeviceFacts, EngineConfig, ResolvedConfig
 from jaxserve.engine import step as step_module
 from jaxserve.engine.batch import Bucket
-from jaxserve.engine.runner import make_buckets
+from jaxserve.engine.runner import make_buckets, step_sizes
 from jaxserve.sampling.params import SamplingParams
 from tests.helpers.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.helpers.engines import Job, drive, greedy_params, small_llm, tokens_of
@@ -44,6 +44,12 @@ def test_every_step_fits_a_bucket(rows: int, platform: str) -> None:
                 assert any(bucket.fits(lanes, size) for bucket in buckets), (lanes, size)
         assert any(bucket.decode_only for bucket in buckets)
         assert any(not bucket.decode_only for bucket in buckets)
+
+
+def test_the_scheduler_fills_the_buckets_that_hold_all_rows() -> None:
+    buckets = make_buckets(resolved(256, 8192, "gpu"), "gpu")
+    assert step_sizes(buckets) == [512, 1024, 2048, 4096, 8192]
+    assert step_sizes(make_buckets(resolved(32, 256, "cpu"), "cpu")) == [256]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])

@@ -12,15 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxserve.engine.core import Engine
+from jaxserve.engine.decision import StepResult
 from jaxserve.engine.page_allocator import PageAllocator
-from jaxserve.engine.request import (
-    FinishReason,
-    Request,
-    RequestUpdate,
-    SampledToken,
-    ScheduledRequest,
-    Status,
-)
+from jaxserve.engine.request import FinishReason, Request, RequestUpdate, Status
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.stats import Stats
 from jaxserve.sampling.params import SamplingParams
@@ -83,6 +77,7 @@ def engines(draw: st.DrawFn, caching: bool | None = None) -> dict[str, Any]:
         "num_pages": 1 + -(-MAX_LEN // page_size) + draw(st.integers(0, 6)),
         "max_rows": draw(st.integers(1, 5)),
         "max_step_tokens": draw(st.integers(1, 30)),
+        "step_sizes": sorted(draw(st.sets(st.integers(1, 30), max_size=4))),
         "run_ahead": draw(st.integers(1, 3)),
         "enable_prefix_caching": draw(st.booleans()) if caching is None else caching,
     }
@@ -98,15 +93,14 @@ def assert_idle(engine: Engine) -> None:
     scheduler = engine.scheduler
     scheduler.check_integrity()
     assert not scheduler.requests
-    assert not scheduler.running
+    assert not scheduler.running.requests
     assert not scheduler.waiting
     assert scheduler.allocator.num_free == scheduler.allocator.num_usable
-    assert sorted(scheduler._free_rows) == list(range(scheduler.max_rows))
 
 
 def assert_first_come_first_served(engine: Engine) -> None:
     """In order of arrival, those that run come before those that wait."""
-    in_order = [*engine.scheduler.running, *engine.scheduler.waiting]
+    in_order = [*engine.scheduler.running.requests, *engine.scheduler.waiting]
     assert in_order == list(engine.scheduler.requests.values())
 
 
@@ -298,9 +292,9 @@ def test_the_youngest_request_is_preempted_and_waits_first_in_line() -> None:
     ]
     while not engine.stats.preemptions:
         engine.step()
-    assert engine.scheduler.running == [old, middle]
+    assert engine.scheduler.running.requests == [old, middle]
     assert list(engine.scheduler.waiting) == [young, waiting]
-    assert (young.pages, young.row, young.num_computed_tokens) == ([], -1, 0)
+    assert (young.pages, young.row) == ([], -1)
 
 
 def test_hits_after_a_preemption_are_not_counted_as_cached_tokens() -> None:
@@ -365,19 +359,131 @@ def test_a_long_prompt_is_cut_into_chunks_beside_requests_that_decode() -> None:
     computed = []
     while long.status is not Status.FINISHED:
         engine.step()
-        computed.append(long.num_computed_tokens)
-    assert computed[:4] == [3, 6, 9, 10]
+        computed += engine.scheduler.running.columns.num_computed_tokens[1:].tolist()
+    assert computed == [3, 6, 9, 10]
     assert runner.num_sampled >= 4, "the other one got a token in every step"
+
+
+def sizes_of_steps(scheduler: Scheduler, count: int) -> list[int]:
+    """Tokens of the next steps; each is known before the next begins."""
+    sizes = []
+    for _ in range(count):
+        decision = scheduler.schedule()
+        sizes.append(decision.num_tokens)
+        scheduler.update(decision, StepResult([1] * decision.num_lanes))
+    return sizes
+
+
+def scheduler_for_sizes(max_rows: int = 8) -> Scheduler:
+    """Its programs hold 16, 32 or 64 tokens; there are pages for all."""
+    return Scheduler(PageAllocator(999, 4, False), max_rows, 64, Stats(), (16, 32, 64))
+
+
+def add_prompt(scheduler: Scheduler, length: int, max_tokens: int = 99) -> Request:
+    name = str(len(scheduler.requests))
+    request = Request(name, [0] * length, SamplingParams(), max_tokens)
+    scheduler.add(request)
+    return request
+
+
+@pytest.mark.parametrize(
+    ("length", "sizes"), [(32, [32, 1]), (31, [31, 1]), (40, [32, 8, 1]), (50, [50, 1, 1])]
+)
+def test_a_prompt_is_cut_where_it_fills_a_step(length: int, sizes: list[int]) -> None:
+    """Not where that leaves as many places empty: 50 tokens need 64 places, or 32 and 32."""
+    scheduler = scheduler_for_sizes()
+    add_prompt(scheduler, length)
+    assert sizes_of_steps(scheduler, len(sizes)) == sizes
+
+
+def test_prompts_that_find_no_pages_do_not_count() -> None:
+    """With them the step would be full: 40 + 24 tokens."""
+    scheduler = Scheduler(PageAllocator(1 + 10 + 4, 4, False), 8, 64, Stats(), (16, 32, 64))
+    add_prompt(scheduler, 40)
+    add_prompt(scheduler, 24)
+    assert sizes_of_steps(scheduler, 2) == [32, 8]
+
+
+def test_prompts_that_come_while_others_decode_fill_the_steps() -> None:
+    scheduler = scheduler_for_sizes()
+    for _ in range(4):
+        add_prompt(scheduler, 4)
+    assert sizes_of_steps(scheduler, 2) == [16, 4]
+    for _ in range(2):
+        add_prompt(scheduler, 9)
+    assert sizes_of_steps(scheduler, 3) == [16, 5 + 6, 6], "22 tokens: 16, then those left"
+
+
+def test_a_queue_is_held_back_until_its_prompts_fill_a_step() -> None:
+    """Eight rows; three requests end one after the other while five wait."""
+    scheduler = scheduler_for_sizes()
+    for index in range(8):
+        add_prompt(scheduler, 2, max_tokens=index + 2 if index < 3 else 99)
+    assert sizes_of_steps(scheduler, 1) == [16]
+    for _ in range(5):
+        add_prompt(scheduler, 4)
+    assert sizes_of_steps(scheduler, 3) == [8, 7, 6]
+    assert sizes_of_steps(scheduler, 2) == [16, 8], "5 and 3 * 4 are 17: one is left"
+
+
+def test_a_queue_is_held_back_for_four_steps_at_most() -> None:
+    scheduler = scheduler_for_sizes()
+    add_prompt(scheduler, 2, max_tokens=2)
+    for _ in range(7):
+        add_prompt(scheduler, 2)
+    sizes_of_steps(scheduler, 2)
+    for _ in range(2):
+        add_prompt(scheduler, 4)
+    assert sizes_of_steps(scheduler, 6) == [7, 7, 7, 7, 7 + 4, 8]
+
+
+def test_a_request_that_finds_a_free_row_and_no_queue_starts_at_once() -> None:
+    scheduler = scheduler_for_sizes()
+    for _ in range(6):
+        add_prompt(scheduler, 2)
+    sizes_of_steps(scheduler, 1)
+    for _ in range(2):
+        add_prompt(scheduler, 2)
+    assert sizes_of_steps(scheduler, 1) == [6 + 2 * 2]
+
+
+def test_who_decodes_gets_a_token_in_every_step_whatever_waits() -> None:
+    draw, scheduler = random.Random(0), scheduler_for_sizes()
+    for _ in range(100):
+        add_prompt(scheduler, draw.randint(1, 150), max_tokens=draw.randint(1, 20))
+    while scheduler.requests:
+        decoding = {r for r in scheduler.running.requests if r.output_token_ids}
+        decision = scheduler.schedule()
+        assert decoding <= set(decision.requests)
+        scheduler.update(decision, StepResult([1] * decision.num_lanes))
+
+
+def test_filling_steps_leaves_few_places_empty() -> None:
+    """A long queue of requests of all lengths: what a step can't fill waits for the next."""
+    sizes, waste = (16, 32, 64, 128), []
+    for policy in ((), sizes):
+        draw = random.Random(0)
+        scheduler = Scheduler(PageAllocator(9999, 4, False), 8, 128, Stats(), policy)
+        for _ in range(300):
+            add_prompt(scheduler, draw.randint(1, 40), max_tokens=draw.randint(1, 40))
+        places = tokens = 0
+        while scheduler.requests:
+            (step,) = sizes_of_steps(scheduler, 1)
+            places += next(size for size in (8, *sizes) if size >= step)
+            tokens += step
+        waste.append(1 - tokens / places)
+    assert waste[1] < waste[0] / 2
 
 
 def test_a_step_is_dispatched_before_the_one_before_is_known() -> None:
     engine, _ = make()
     request = engine.add("a", [1, 2], SamplingParams(max_tokens=5))
     assert engine.step() == []
-    assert (request.num_tokens, request.output_token_ids) == (3, [])
+    columns = engine.scheduler.running.columns
+    assert (columns.num_tokens.tolist(), request.output_token_ids) == ([3], [])
     (update,) = engine.step()
     assert update.token_id == request.output_token_ids[0]
-    assert request.num_tokens == 4, "the second token is under way"
+    assert columns.num_tokens.tolist() == [4], "the second token is under way"
 
 
 def test_the_surplus_token_of_a_step_that_ran_ahead_is_dropped() -> None:
@@ -425,6 +531,31 @@ def test_pages_of_an_aborted_step_are_not_found_again() -> None:
     assert again.num_cached_tokens == 0
 
 
+def test_a_step_before_a_preemption_makes_no_page_findable_that_came_after_it() -> None:
+    """The prompt loses its pages when half of it is computed, and has new ones when the last step
+    that wrote to the old ones completes."""
+    scheduler = Scheduler(PageAllocator(10, 2, True), max_rows=3, max_step_tokens=3, stats=Stats())
+    prompt = list(range(12))
+    scheduler.add(Request("decodes", [20, 21], SamplingParams(), max_tokens=20))
+    scheduler.add(Request("long", prompt, SamplingParams(), max_tokens=4))
+    for _ in range(4):
+        decision = scheduler.schedule()
+        scheduler.update(decision, StepResult([9] * decision.num_lanes))
+    late = scheduler.schedule()
+    assert late.start.tolist()[1:] == [7], "the step fills the fourth page"
+    scheduler.schedule()
+    assert scheduler.stats.preemptions == 1
+    scheduler.abort("decodes")
+    again = scheduler.schedule()
+    assert again.start.tolist() == [6], "the first three pages are found"
+    scheduler.update(late, StepResult([9] * late.num_lanes))
+    other = Request("other", prompt, SamplingParams(), max_tokens=4)
+    scheduler.add(other)
+    scheduler.abort("long")
+    scheduler.schedule()
+    assert other.num_cached_tokens == 6
+
+
 def test_aborting_is_possible_at_any_moment_and_twice() -> None:
     for moment in range(8):
         engine, _ = make(max_step_tokens=2)
@@ -452,11 +583,10 @@ def test_an_id_can_be_used_again_while_its_last_step_is_still_under_way() -> Non
 
 
 def test_an_update_must_have_an_entry_per_scheduled_request() -> None:
-    scheduler = Scheduler(PageAllocator(8, 4, True), 2, 8, Stats())
-    scheduler.add(Request("a", [1], SamplingParams(), max_tokens=4))
+    scheduler = scheduler_with(Request("a", [1], SamplingParams(), max_tokens=4))
     decision = scheduler.schedule()
     with pytest.raises(ValueError):
-        scheduler.update(decision, [])
+        scheduler.update(decision, StepResult([]))
 
 
 def test_no_more_than_max_rows_requests_run() -> None:
@@ -474,31 +604,43 @@ def test_check_integrity_notices_a_lost_row_and_a_lost_request() -> None:
     engine.scheduler.waiting.clear()
     with pytest.raises(RuntimeError, match="no queue"):
         engine.scheduler.check_integrity()
-    engine.scheduler.waiting.append(request)
+    engine.scheduler.waiting[request] = None
     engine.step()
-    engine.scheduler.running[0].row = 1
+    engine.scheduler.running.requests[0].row = 1
     with pytest.raises(RuntimeError, match="rows"):
         engine.scheduler.check_integrity()
 
 
+def scheduler_with(*requests: Request) -> Scheduler:
+    scheduler = Scheduler(PageAllocator(8, 4, True), 2, 8, Stats())
+    for request in requests:
+        scheduler.add(request)
+    return scheduler
+
+
 def test_scheduled_token_ids_mark_the_one_that_only_the_device_knows() -> None:
-    request = Request("a", [5, 6], SamplingParams(), max_tokens=4, num_pending=1)
-    item = ScheduledRequest(request, 0, 1, 2, True, 1, False, 0, (), 0)
-    assert item.token_ids == [6, -1]
-    assert (request.num_tokens, request.num_output_tokens) == (3, 1)
-    assert request.num_prompt_tokens == 2
+    scheduler = scheduler_with(Request("a", [5, 6], SamplingParams(), max_tokens=4))
+    decisions = [scheduler.schedule() for _ in range(2)]
+    assert [decision.token_ids.tolist() for decision in decisions] == [[5, 6], [-1]]
+    assert [decision.start.tolist() for decision in decisions] == [[0], [2]]
+    assert [decision.output_index.tolist() for decision in decisions] == [[0], [1]]
+
+
+def test_the_cells_of_the_page_table_are_entered_once() -> None:
+    scheduler = scheduler_with(Request("a", [5] * 7, SamplingParams(), max_tokens=9))
+    pages = [scheduler.schedule().table_updates.tolist() for _ in range(7)]
+    assert pages == [[[0, 0, 1], [0, 1, 2]], [], [[0, 2, 3]], [], [], [], [[0, 3, 4]]]
 
 
 def test_a_request_with_all_its_tokens_under_way_has_nothing_to_schedule() -> None:
-    request = Request("a", [5, 6], SamplingParams(), max_tokens=1, num_computed_tokens=1)
-    assert request.num_schedulable_tokens == 1
-    request.num_pending = 1
-    assert request.num_schedulable_tokens == 0
+    scheduler = scheduler_with(Request("a", [5, 6], SamplingParams(), max_tokens=2))
+    decisions = [scheduler.schedule() for _ in range(3)]
+    assert [decision.ends.tolist() for decision in decisions] == [[False], [True], []]
 
 
 def test_logprobs_are_handed_on() -> None:
-    scheduler = Scheduler(PageAllocator(8, 4, True), 2, 8, Stats())
-    scheduler.add(Request("a", [1], SamplingParams(), max_tokens=4))
-    token = SampledToken(7, logprobs=object())  # type: ignore[arg-type]
-    (update,) = scheduler.update(scheduler.schedule(), [token])
-    assert (update.token_id, update.logprobs) == (7, token.logprobs)
+    scheduler = scheduler_with(Request("a", [1], SamplingParams(), max_tokens=4))
+    logprobs = object()
+    result = StepResult([7], [logprobs])  # type: ignore[list-item]
+    (update,) = scheduler.update(scheduler.schedule(), result)
+    assert (update.token_id, update.logprobs) == (7, logprobs)
