@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
+import gc
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 from tqdm.auto import tqdm
 
 from converters import Checkpoint, resolve_model
@@ -18,15 +19,18 @@ from jaxserve import demo, log
 from jaxserve.config import DTYPES, DeviceFacts, EngineConfig, ResolvedConfig
 from jaxserve.distributed import LOGICAL_TO_MESH, make_mesh
 from jaxserve.engine.core import Engine
-from jaxserve.engine.memory import GIB, MemoryPlan, check_fits, plan_memory
+from jaxserve.engine.memory import GIB, MemoryPlan, check_fits, claim_memory, plan_memory
 from jaxserve.engine.page_allocator import PageAllocator
-from jaxserve.engine.programs import compile_events, use_compilation_cache
-from jaxserve.engine.runner import Runner, make_buckets
+from jaxserve.engine.programs import Progress, compile_events, use_compilation_cache
+from jaxserve.engine.runner import Runner, make_buckets, step_sizes
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.stats import Stats
+from jaxserve.engine.timeline import Timeline
+from jaxserve.kernels import overridden
 from jaxserve.model import decoder
 from jaxserve.model import params as model_params
 from jaxserve.model.config import ModelConfig
+from jaxserve.model.params import Params
 
 
 @dataclass(frozen=True)
@@ -35,14 +39,21 @@ class Built:
 
     Attributes:
         config: with every size filled in.
+        model: as split over the devices.
+        dtype: of weights, activations and cache.
         memory: where a device's memory goes.
-        runner, engine: the two; ``runner.allocate()`` must come before the first step.
+        runner, engine: the two; before the first step the runner needs ``load_weights`` and
+            ``runner.allocate()``.
+        load: reads the weights, or makes random ones.
     """
 
     config: ResolvedConfig
+    model: ModelConfig
+    dtype: jnp.dtype
     memory: MemoryPlan
     runner: Runner
     engine: Engine
+    load: Callable[[Progress], Params]
 
 
 def find_model(config: EngineConfig) -> Path:
@@ -55,36 +66,37 @@ def find_model(config: EngineConfig) -> Path:
     return resolve_model(config.model, config.revision, config.download_dir)
 
 
-def build(wanted: EngineConfig, checkpoint: Checkpoint, use_tqdm: bool) -> Built:
-    """Loads the weights, sizes the cache and puts the engine together; compiles nothing yet.
+def build(wanted: EngineConfig, checkpoint: Checkpoint, timeline: Timeline) -> Built:
+    """Sizes the cache and puts the engine together; neither weights nor programs are there yet.
 
     Raises:
         ConfigError: the settings don't fit the model or the machine.
-        CheckpointError: the weights can't be read.
     """
-    # Read by JAX when it first touches the GPU; later it has no effect.
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(wanted.gpu_memory_utilization))
+    fraction = claim_memory(wanted.gpu_memory_utilization)
     use_compilation_cache(wanted.compilation_cache_dir)
-    facts = DeviceFacts(jax.default_backend(), jax.local_device_count())
+    with timeline.stage("device"):
+        facts = DeviceFacts(jax.default_backend(), jax.local_device_count())
     config = wanted.resolve(facts, checkpoint.config.max_model_len)
     model = decoder.for_tensor_parallel(checkpoint.config, config.tensor_parallel_size)
     mesh = make_mesh(config.tensor_parallel_size)
     dtype = _dtype(config.dtype, checkpoint.config.dtype, facts.platform)
     tree = decoder.declare(model)
     specs = model_params.partition_specs(tree, LOGICAL_TO_MESH, mesh.shape)
-    if config.load_format == "dummy":
-        params = model_params.random_params(tree, dtype, mesh, specs, config.seed)
-    else:
-        with _loading_bar(use_tqdm) as progress:
-            params = checkpoint.load(tree, specs, mesh, dtype, progress)
-    jax.block_until_ready(params)
-    memory, config = _fit(config, model, dtype, shorten=wanted.max_model_len is None)
+    weights = {
+        path: jax.ShapeDtypeStruct(param.shape, dtype, sharding=NamedSharding(mesh, specs[path]))
+        for path, param in tree.items()
+    }
+    given = fraction if facts.platform == "gpu" else 1.0  # other allocators have all memory
+    memory = plan_memory(config, model, weights, mesh, dtype, given)
+    config = _fit(config, memory, shorten=wanted.max_model_len is None)
     stats = Stats()
     buckets = make_buckets(config, facts.platform)
-    runner = Runner(config, model, params, mesh, memory.num_pages, buckets, stats)
+    kernels = overridden(config.kernel_overrides or {}, model, config.block_size, dtype)
+    runner = Runner(config, model, weights, mesh, memory.num_pages, buckets, stats, kernels)
     allocator = PageAllocator(memory.num_pages, config.block_size, config.enable_prefix_caching)
+    max_tokens, sizes = config.max_num_batched_tokens, step_sizes(buckets)
     engine = Engine(
-        Scheduler(allocator, config.max_num_seqs, config.max_num_batched_tokens, stats),
+        Scheduler(allocator, config.max_num_seqs, max_tokens, stats, sizes),
         runner,
         max_model_len=config.max_model_len,
         vocab_size=model.vocab_size,
@@ -93,20 +105,23 @@ def build(wanted: EngineConfig, checkpoint: Checkpoint, use_tqdm: bool) -> Built
         seed=config.seed,
         run_ahead=1 if facts.platform == "cpu" else 2,
     )
-    return Built(config, memory, runner, engine)
+
+    def load(progress: Progress) -> Params:
+        if config.load_format == "dummy":
+            return model_params.random_params(tree, dtype, mesh, specs, config.seed)
+        return checkpoint.load(tree, specs, mesh, dtype, progress)
+
+    return Built(config, model, dtype, memory, runner, engine, load)
 
 
-def _fit(
-    config: ResolvedConfig, model: ModelConfig, dtype: jnp.dtype, shorten: bool
-) -> tuple[MemoryPlan, ResolvedConfig]:
-    """Sizes the cache; shortens max_model_len to what fits if the user left it to us."""
-    plan = plan_memory(config, model, dtype)
+def _fit(config: ResolvedConfig, plan: MemoryPlan, shorten: bool) -> ResolvedConfig:
+    """Checks the plan; shortens max_model_len to what fits if the user left it to us."""
     room = (plan.num_pages - 1) * config.block_size
     if shorten and 0 < room < config.max_model_len:
         log.logger.info("max_model_len=%d, the most that fits: %s.", room, plan)
         config = dataclasses.replace(config, max_model_len=room)
     check_fits(plan, config)
-    return plan, config
+    return config
 
 
 def _dtype(wanted: str, checkpoint: str, platform: str) -> jnp.dtype:
@@ -120,7 +135,38 @@ def _dtype(wanted: str, checkpoint: str, platform: str) -> jnp.dtype:
 
 
 @contextlib.contextmanager
-def _loading_bar(use_tqdm: bool) -> Iterator[Callable[[int, int], None]]:
+def rare_garbage_collection() -> Iterator[None]:
+    """Tracing makes many objects that stay; to look for garbage among them again and again takes a
+    sixth of its time."""
+    before = gc.get_threshold()
+    gc.set_threshold(100_000, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+def start_compiling(built: Built) -> None:
+    """Lets background threads begin with the programs, which need no weights."""
+    config = built.config
+    # Making random weights would disturb XLA's autotuner, which takes the time of kernels.
+    disturbed = config.load_format == "dummy" and jax.default_backend() != "cpu"
+    if not config.enforce_eager and not disturbed:
+        built.runner.programs.start()
+
+
+def load_weights(built: Built, use_tqdm: bool) -> None:
+    """Loads the weights and gives them to the runner.
+
+    Raises:
+        CheckpointError: they can't be read.
+    """
+    with _loading_bar(use_tqdm) as progress:
+        built.runner.set_params(jax.block_until_ready(built.load(progress)))
+
+
+@contextlib.contextmanager
+def _loading_bar(use_tqdm: bool) -> Iterator[Progress]:
     with tqdm(
         desc="Loading weights", unit="B", unit_scale=True, disable=not use_tqdm, leave=False
     ) as bar:
@@ -133,7 +179,7 @@ def _loading_bar(use_tqdm: bool) -> Iterator[Callable[[int, int], None]]:
 
 
 def warm_up(built: Built, wait_for_all: bool, use_tqdm: bool) -> None:
-    """Compiles the programs; see ``Runner.warm_up``.
+    """Compiles the programs, or waits for those that are being compiled; see ``Runner.warm_up``.
 
     Accelerators always wait for all: XLA tries out kernels there, which takes memory that the KV
     cache will fill.

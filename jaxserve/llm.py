@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from tqdm.auto import tqdm
 
 from converters import open_checkpoint
 from jaxserve import build, compat, log
+from jaxserve.config import EngineConfig
 from jaxserve.engine.core import Engine
+from jaxserve.engine.programs import Programs
 from jaxserve.engine.request import FinishReason
 from jaxserve.engine.stats import Stats
+from jaxserve.engine.timeline import Timeline
 from jaxserve.errors import ConfigError, EngineClosedError, InvalidRequestError
 from jaxserve.outputs import Generation, RequestOutput
 from jaxserve.sampling.params import SamplingParams
@@ -43,6 +47,13 @@ class LLM:
         use_tqdm: show progress while loading and compiling.
         **arguments: see EngineConfig.
 
+    Attributes:
+        config: with every size filled in.
+        model_config: of the checkpoint.
+        dtype: name of the weights' dtype.
+        memory: where a device's memory goes.
+        timeline: the stages of its start.
+
     Raises:
         ConfigError: an argument is wrong, or doesn't fit the model or the machine.
         CheckpointError: the checkpoint can't be read.
@@ -62,21 +73,47 @@ class LLM:
         if warmup not in ("full", "background"):
             raise ConfigError(f'warmup={warmup!r} must be "full" or "background".')
         config = compat.engine_config(model and str(model), arguments)
+        if config.skip_tokenizer_init and chat_template is not None:
+            raise ConfigError("chat_template needs a tokenizer; drop skip_tokenizer_init.")
+        self.timeline = Timeline()
         path = build.find_model(config)
         self._checkpoint = open_checkpoint(path, config.load_format)
-        self._tokenizer: Tokenizer | None = None
-        if not config.skip_tokenizer_init:
-            where = config.tokenizer or str(path)
-            self._tokenizer = Tokenizer(where, config.tokenizer_revision, chat_template)
-        elif chat_template is not None:
-            raise ConfigError("chat_template needs a tokenizer; drop skip_tokenizer_init.")
-        built = build.build(config, self._checkpoint, use_tqdm)
-        self.config, self.memory = built.config, built.memory
-        self._runner, self._engine = built.runner, built.engine
-        if not config.enforce_eager:
-            build.warm_up(built, warmup == "full", use_tqdm)
-        self._runner.allocate()
         self._num_requests = 0
+        tokenizer_thread = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-tokenizer")
+        with build.rare_garbage_collection(), tokenizer_thread as thread:
+            # While the device starts, which takes seconds, and the first programs are compiled.
+            where = config.tokenizer or str(path)
+            tokenizer = thread.submit(self._load_tokenizer, config, where, chat_template)
+            built = build.build(config, self._checkpoint, self.timeline)
+            self.config, self.memory = built.config, built.memory
+            self._runner, self._engine = built.runner, built.engine
+            self.model_config, self.dtype = self._checkpoint.config, built.dtype.name
+            try:
+                build.start_compiling(built)
+                self._tokenizer = tokenizer.result()
+                self._start(built, warmup == "full", use_tqdm)
+            except BaseException:
+                self.close()
+                raise
+
+    def _load_tokenizer(
+        self, config: EngineConfig, where: str, chat_template: str | None
+    ) -> Tokenizer | None:
+        if config.skip_tokenizer_init:
+            return None
+        with self.timeline.stage("tokenizer"):
+            return Tokenizer(where, config.tokenizer_revision, chat_template)
+
+    def _start(self, built: build.Built, wait_for_all: bool, use_tqdm: bool) -> None:
+        """Loads the weights while programs are compiled, and waits for them."""
+        stage = self.timeline.stage
+        with stage("weights"):
+            build.load_weights(built, use_tqdm)
+        if not built.config.enforce_eager:
+            with stage("waiting for programs"):
+                build.warm_up(built, wait_for_all, use_tqdm)
+        with stage("allocating"):
+            self._runner.allocate()
 
     # --- generating -----------------------------------------------------------------------------
 
@@ -180,6 +217,12 @@ class LLM:
     def stats(self) -> Stats:
         """The engine's counters."""
         return self._running_engine().stats
+
+    @property
+    def programs(self) -> Programs:
+        """The compiled programs."""
+        self._running_engine()
+        return self._runner.programs
 
     # --- end of life ----------------------------------------------------------------------------
 

@@ -1,21 +1,62 @@
-"""How many KV pages fit: measured free memory minus what the largest step needs beside it."""
+"""How many KV pages fit beside the weights and the largest step, before either is there.
+
+The weights' sizes are declared, so the cache is sized before they are loaded, and programs, which
+hold the number of pages as a shape, are compiled meanwhile.
+"""
 
 from __future__ import annotations
 
+import math
+import os
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import psutil
+from jax.sharding import Mesh
 
 from jaxserve.config import ResolvedConfig
 from jaxserve.errors import ConfigError
+from jaxserve.model import kv_cache
 from jaxserve.model.config import ModelConfig
-from jaxserve.model.kv_cache import bytes_per_page
 
 GIB = 2**30
 CPU_CACHE_BYTES = GIB
 """Size of the KV cache on a CPU, where nobody expects all memory to be taken."""
+ROUNDING = 256
+"""XLA's allocator rounds arrays up to this many bytes (its BFCAllocator's kMinAllocationSize)."""
+UNSPLIT = 128 * 2**20
+"""XLA's allocator hands out a free region whole if less than this would remain of it (the
+``max_internal_fragmentation_bytes`` of its BFCAllocator)."""
+FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Variables that give JAX's allocator a share of the device memory, read when JAX first touches
+the GPU; the second is the older name, and both at once are an error."""
+
+
+def claim_memory(utilization: float) -> float:
+    """Makes JAX's allocator take a share of the GPU's memory, if it isn't made yet and no variable
+    gives it another; returns the share that it was given.
+
+    If JAX had started before without such a variable, it has less (three quarters); then the
+    share returned here is too large, and the cache is sized too small rather than too large.
+
+    Raises:
+        ConfigError: a variable holds no share.
+    """
+    for name in FRACTIONS:
+        text = os.environ.get(name)
+        if text:
+            try:
+                fraction = float(text)
+            except ValueError:
+                fraction = 0.0
+            if not 0 < fraction <= 1:
+                raise ConfigError(f"{name}={text} must be above 0, at most 1.")
+            return fraction
+    os.environ[FRACTIONS[0]] = str(utilization)
+    return utilization
 
 
 @dataclass(frozen=True)
@@ -25,53 +66,119 @@ class MemoryPlan:
     Attributes:
         num_pages: KV pages, the padding page included.
         page_bytes: one page's keys and values in all layers, on one device.
-        in_use: weights and whatever else was there before.
+        in_use: what was there before this engine.
+        weights: the model's, on one device.
         activations: kept for the largest step.
+        slack: kept for what the allocator can't use.
         limit: what we may use.
     """
 
     num_pages: int
     page_bytes: int
     in_use: int
+    weights: int
     activations: int
+    slack: int
     limit: int
 
+    @property
+    def cache(self) -> int:
+        """Bytes of the KV cache."""
+        return self.num_pages * self.page_bytes
+
+    @property
+    def total(self) -> int:
+        """Bytes of everything together."""
+        return self.in_use + self.weights + self.activations + self.slack + self.cache
+
     def __str__(self) -> str:
-        cache = self.num_pages * self.page_bytes
-        return (
-            f"weights {self.in_use / GIB:.2f} GiB, activations {self.activations / GIB:.2f} GiB, "
-            f"KV cache {cache / GIB:.2f} GiB ({self.num_pages} pages) of {self.limit / GIB:.2f} GiB"
-        )
+        parts = {
+            "in use before": self.in_use,
+            "weights": self.weights,
+            "activations": self.activations,
+            "slack": self.slack,
+            f"KV cache ({self.num_pages} pages)": self.cache,
+        }
+        words = [f"{name} {size / GIB:.2f} GiB" for name, size in parts.items()]
+        return f"{', '.join(words)} of {self.limit / GIB:.2f} GiB"
 
 
-def plan_memory(config: ResolvedConfig, model: ModelConfig, dtype: jnp.dtype) -> MemoryPlan:
-    """Sizes the KV cache, once the weights are loaded.
+def plan_memory(
+    config: ResolvedConfig,
+    model: ModelConfig,
+    weights: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: Mesh,
+    dtype: jnp.dtype,
+    fraction: float,
+) -> MemoryPlan:
+    """Sizes the KV cache, before the weights are loaded.
+
+    On a device that tells its memory, everything together stays below ``gpu_memory_utilization`` of
+    it, unless the cache's size was given; ``check_fits`` refuses that.
 
     Args:
         config: resolved.
         model: as split by ``for_tensor_parallel``.
+        weights: shapes and shardings.
+        mesh: the devices.
         dtype: of the cache.
+        fraction: share of the device memory that JAX's allocator was given.
     """
-    page_bytes = bytes_per_page(model, config.block_size, dtype) // config.tensor_parallel_size
+    pages = jax.tree.leaves(kv_cache.shapes(model, 1, config.block_size, dtype, mesh))
+    page_bytes = sum(_shard_bytes(page) for page in pages)
+    shards = [_rounded(_shard_bytes(weight)) for weight in weights.values()]
+    weight_bytes = sum(shards)
     activations = activation_bytes(config, model, dtype)
-    stats = jax.local_devices()[0].memory_stats()
-    if stats is not None and "bytes_limit" in stats:
-        in_use, limit = stats["bytes_in_use"], stats["bytes_limit"]
-        cache_bytes = limit - in_use - activations
+    in_use, limit = _device_memory(mesh.local_devices, config.gpu_memory_utilization, fraction)
+    slack = 0
+    if limit is not None:
+        # While weights are loaded, XLA's autotuner uses memory beside them, at most as much as the
+        # largest of them at a time. What it gives back may lie between two weights, where steps
+        # can use it but none of the cache's large arrays has room. And each of those is rounded.
+        slack = max(shards) + UNSPLIT + ROUNDING * len(pages)
+        cache_bytes = limit - in_use - weight_bytes - activations - slack
     else:
         in_use, limit = psutil.Process().memory_info().rss, psutil.virtual_memory().total
         # More than every row's longest sequence would never be used.
         most = config.max_num_seqs * -(-config.max_model_len // config.block_size) * page_bytes
-        available = psutil.virtual_memory().available // 2
-        cache_bytes = max(min(CPU_CACHE_BYTES, most, available), 0)
+        available = (psutil.virtual_memory().available - weight_bytes * mesh.size) // 2
+        cache_bytes = min(CPU_CACHE_BYTES, most, available)
     if config.kv_cache_memory_bytes is not None:
         cache_bytes = config.kv_cache_memory_bytes
     usable = config.num_gpu_blocks_override or max(cache_bytes // page_bytes - 1, 0)
-    return MemoryPlan(usable + 1, page_bytes, in_use, activations, limit)
+    return MemoryPlan(usable + 1, page_bytes, in_use, weight_bytes, activations, slack, limit)
+
+
+def _device_memory(
+    devices: Iterable[Any], utilization: float, fraction: float
+) -> tuple[int, int | None]:
+    """(bytes in use, bytes that we may use in all) of the fullest device; no limit if it tells
+    none, as CPUs do."""
+    fullest: tuple[int, int | None] = 0, None
+    for device in devices:
+        stats = device.memory_stats() or {}
+        if "bytes_limit" not in stats:
+            continue
+        # Of an allocator that was given more for an earlier engine, we leave the rest.
+        limit = int(stats["bytes_limit"] * min(1.0, utilization / fraction))
+        in_use = stats["bytes_in_use"]
+        if fullest[1] is None or limit - in_use < fullest[1] - fullest[0]:
+            fullest = in_use, limit
+    return fullest
+
+
+def _shard_bytes(aval: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array's part on one device."""
+    assert aval.sharding is not None
+    return math.prod(aval.sharding.shard_shape(aval.shape)) * aval.dtype.itemsize
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ROUNDING) * ROUNDING
 
 
 def check_fits(plan: MemoryPlan, config: ResolvedConfig) -> None:
-    """Checks that one sequence of ``max_model_len`` fits.
+    """Checks that one sequence of ``max_model_len`` fits, and that all together does.
 
     Raises:
         ConfigError: it doesn't; gives the numbers and the remedy.
@@ -84,6 +191,12 @@ def check_fits(plan: MemoryPlan, config: ResolvedConfig) -> None:
             f"A sequence of max_model_len={config.max_model_len} tokens needs {needed:.2f} GiB of "
             f"KV cache, but there is room for {room} tokens ({plan}). "
             f"{shorter} gpu_memory_utilization or tensor_parallel_size."
+        )
+    if plan.total > plan.limit:
+        raise ConfigError(
+            f"That is {(plan.total - plan.limit) / GIB:.2f} GiB more than there is to use: {plan}. "
+            "Lower kv_cache_memory_bytes or num_gpu_blocks_override, or raise "
+            "gpu_memory_utilization."
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
@@ -25,6 +26,15 @@ def compilation_cache_dir() -> str | None:
     return getattr(jax.config, "jax_compilation_cache_dir", None)
 
 
+def compilation_cache_path(directory: str | None) -> Path:
+    """Where compiled programs are kept: in a directory that is named, where JAX was told to, or in
+    the user's cache folder."""
+    directory = directory or compilation_cache_dir()
+    if directory:
+        return Path(directory)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "jaxserve" / "xla"
+
+
 def use_compilation_cache(directory: str | None) -> None:
     """Keeps compiled programs of this process in a directory, for the next one to find.
 
@@ -34,8 +44,7 @@ def use_compilation_cache(directory: str | None) -> None:
     """
     if directory is None and compilation_cache_dir():
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    path = Path(directory) if directory else home / "jaxserve" / "xla"
+    path = compilation_cache_path(directory)
     path.mkdir(parents=True, exist_ok=True, mode=0o700)
     if compilation_cache_dir() not in (None, str(path)):
         compilation_cache.reset_cache()  # else JAX goes on with the directory it used first
@@ -72,11 +81,16 @@ class Programs:
     Args:
         lowerings: key -> a function that traces and lowers the program.
         stats: counts compilations, as "warmup" once started, else as "late".
+
+    Attributes:
+        lower_seconds, compile_seconds: what tracing and lowering, and compiling or reading from the
+            cache, took so far, summed over the threads.
     """
 
     def __init__(self, lowerings: Mapping[Hashable, Lower], stats: Stats) -> None:
         self._lowerings = lowerings
         self._stats = stats
+        self.lower_seconds = self.compile_seconds = 0.0
         self._queue = list(lowerings)
         self._ready: dict[Hashable, jax.stages.Compiled] = {}
         self._errors: dict[Hashable, BaseException] = {}
@@ -85,8 +99,10 @@ class Programs:
         self._started = False
 
     def start(self, threads: int | None = None) -> None:
-        """Starts compiling everything in the background; by default with half the cores, since
-        XLA's compiler runs threads of its own."""
+        """Starts compiling everything in the background, unless it was started before; by default
+        with half the cores, since XLA's compiler runs threads of its own."""
+        if self._started:
+            return
         self._started = True
         for _ in range(threads or max(1, min(8, (os.cpu_count() or 1) // 2))):
             thread = threading.Thread(target=self._work, name="jaxserve-compile", daemon=True)
@@ -144,6 +160,11 @@ class Programs:
             self._changed.notify_all()
 
     @property
+    def num_ready(self) -> int:
+        """How many programs are compiled."""
+        return len(self._ready)
+
+    @property
     def temp_bytes(self) -> int:
         """Most scratch memory that a compiled program takes on a device, in bytes."""
         sizes = [
@@ -160,8 +181,11 @@ class Programs:
             self._compile(key)
 
     def _compile(self, key: Hashable) -> None:
+        start = time.perf_counter()
         try:
-            program = self._lowerings[key]().compile()
+            lowered = self._lowerings[key]()
+            between = time.perf_counter()
+            program = lowered.compile()
         except BaseException as error:
             with self._changed:
                 self._errors[key] = error
@@ -169,6 +193,8 @@ class Programs:
             return
         with self._changed:
             self._ready[key] = program
+            self.lower_seconds += between - start
+            self.compile_seconds += time.perf_counter() - between
             kind = "warmup" if self._started else "late"
             self._stats.compilations[kind] = self._stats.compilations.get(kind, 0) + 1
             self._changed.notify_all()

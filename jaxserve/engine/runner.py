@@ -6,33 +6,34 @@ Programs are compiled per bucket, ahead of time, with fixed shapes; see ``step.p
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from jaxserve.config import ResolvedConfig
 from jaxserve.engine import batch, step
 from jaxserve.engine.batch import Bucket, Layout, Packer
+from jaxserve.engine.decision import Decision, StepResult
 from jaxserve.engine.programs import Programs, Progress
-from jaxserve.engine.request import Decision, SampledToken, ScheduledRequest, TokenLogprobs
+from jaxserve.engine.request import Request, TokenLogprobs
 from jaxserve.engine.stats import Stats
-from jaxserve.engine.step import StepPrograms, StepState
+from jaxserve.engine.step import Avals, StepPrograms, StepState
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.params import Params
 from jaxserve.sampling.sample import VARIANTS, Sampled, SamplerState, Variant
+from pallas_kernels.dispatch import CHOOSE, Kernels
 
 
 @dataclass(frozen=True)
 class StepHandle:
-    """A dispatched step: its decision, and its results once the launching thread has them: what
-    was sampled, or if nothing was, the logits to wait for."""
+    """A dispatched step: its decision, and what it will have sampled, or if it samples nothing,
+    the logits to wait for."""
 
     decision: Decision
-    results: Future[Sampled | jax.Array]
+    results: Sampled | jax.Array
 
 
 class Runner:
@@ -41,27 +42,28 @@ class Runner:
     Args:
         config: resolved.
         model: as split by ``for_tensor_parallel``.
-        params: its weights, sharded over ``mesh``.
+        weights: shapes and shardings of its weights; the arrays come with ``set_params``.
         mesh: the devices.
         num_pages: KV pages, the padding page included.
         buckets: step shapes, smallest first.
         stats: counters to keep.
+        kernels: implementations to use in the forward pass.
     """
 
     def __init__(
         self,
         config: ResolvedConfig,
         model: ModelConfig,
-        params: Params,
+        weights: Avals,
         mesh: Mesh,
         num_pages: int,
         buckets: Sequence[Bucket],
         stats: Stats,
+        kernels: Kernels = CHOOSE,
     ) -> None:
         self._stats = stats
         self._rows = config.max_num_seqs
-        self._params: Params | None = params
-        self._replicated = NamedSharding(mesh, PartitionSpec())
+        self._params: Params | None = None
         group = max(s.attention.num_heads // s.attention.num_kv_heads for s in model.layers)
         split = jax.default_backend() != "cpu"
         self._layouts = {
@@ -69,15 +71,12 @@ class Runner:
             for bucket in buckets
         }
         max_pages = -(-config.max_model_len // config.block_size)
-        shapes = {
-            path: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-            for path, array in params.items()
-        }
-        self._step = StepPrograms(model, shapes, mesh, self._layouts, num_pages, max_pages)
+        self._step = StepPrograms(
+            model, weights, mesh, self._layouts, num_pages, max_pages, kernels
+        )
         self.programs = Programs(self._step.lowerings(), stats)
         self._packer = Packer(self._rows)
         self._state: StepState | None = None
-        self._launcher = ThreadPoolExecutor(1, thread_name_prefix="jaxserve-launch")
 
     def warm_up(self, wait_for_all: bool, progress: Progress | None = None) -> None:
         """Compiles every program in the background; waits for all, or for enough to serve."""
@@ -87,6 +86,10 @@ class Runner:
             return
         for key in self._step.urgent_keys():
             self.programs.get(key)
+
+    def set_params(self, params: Params) -> None:
+        """Gives it the weights; needed before the first step, but not for compiling."""
+        self._params = params
 
     def allocate(self) -> None:
         """Makes the device state, zeroed: 0 times an uninitialised NaN would spoil masked scores.
@@ -99,32 +102,32 @@ class Runner:
 
     def dispatch(self, decision: Decision) -> StepHandle:
         """Starts a step on the devices without waiting for it."""
-        scheduled = decision.scheduled
-        num_tokens = decision.num_tokens
-        bucket, variant = self._choose(len(scheduled), num_tokens, _variant(scheduled))
-        layout = self._layouts[bucket]
-        updates = batch.table_updates(decision)
+        packer = self._packer
+        packer.enter_new_rows(decision)
+        lanes, num_tokens = decision.num_lanes, decision.num_tokens
+        bucket, variant = self._choose(lanes, num_tokens, packer.variant(decision))
+        layout, updates = self._layouts[bucket], decision.table_updates
         early = []
         while len(updates) > layout.num_table_updates:
             early.append(
                 batch.padded_updates(updates[: step.TABLE_PIECE], step.TABLE_PIECE, self._rows)
             )
             updates = updates[step.TABLE_PIECE :]
-        packed = self._packer.pack(layout, decision, updates)
+        packed = packer.pack(layout, decision, updates)
         counted = [
             piece
-            for item in scheduled
-            if item.new_row and item.request.params.has_penalties
-            for piece in _count_pieces(item)
+            for request in decision.requests[lanes - decision.num_new_rows :]
+            if request.params.has_penalties
+            for piece in _count_pieces(request)
         ]
         forward = self.programs.get(("forward", bucket))
-        samples = any(item.samples for item in scheduled)
-        sample = self.programs.get(("sample", bucket.lanes, variant)) if samples else None
+        sample = None
+        if decision.samples.any():
+            sample = self.programs.get(("sample", bucket.lanes, variant))
         self._stats.steps += 1
         self._stats.scheduled_tokens += num_tokens
         self._stats.padded_tokens += bucket.tokens
-        results = self._launcher.submit(self._launch, forward, sample, packed, early, counted)
-        return StepHandle(decision, results)
+        return StepHandle(decision, self._launch(forward, sample, packed, early, counted))
 
     def _launch(
         self,
@@ -134,8 +137,7 @@ class Runner:
         early_updates: Sequence[np.ndarray],
         counted: Sequence[np.ndarray],
     ) -> Sampled | jax.Array:
-        """Starts a step's programs. Runs in the launching thread, which alone touches the state:
-        starting hundreds of kernels takes a millisecond, in which the scheduler can go on.
+        """Starts a step's programs; returns what was sampled, or if nothing was, the logits.
 
         Nothing of a step is kept but what was sampled, so that the next step's buffers get the
         same addresses: a CUDA graph whose addresses change must be patched node by node.
@@ -145,12 +147,12 @@ class Runner:
             raise RuntimeError("the runner has no state; call allocate() first")
         table, sampler = state.page_table, state.sampler
         for updates in early_updates:
-            table = self.programs.get(("write_table",))(table, self._put(updates))
+            table = self.programs.get(("write_table",))(table, updates)
         for piece in counted:
-            counts = self.programs.get(("count_tokens",))(sampler.counts, self._put(piece))
+            counts = self.programs.get(("count_tokens",))(sampler.counts, piece)
             sampler = SamplerState(sampler.last_token, counts)
         cache, table, logits, words = forward(
-            self._params, state.cache, table, sampler.last_token, self._put(packed)
+            self._params, state.cache, table, sampler.last_token, packed
         )
         self._state = StepState(cache, table, sampler)
         if sample is None:
@@ -160,26 +162,24 @@ class Runner:
         jax.tree.map(lambda array: array.copy_to_host_async(), sampled)
         return sampled
 
-    def _put(self, words: np.ndarray) -> jax.Array:
-        return jax.device_put(words, self._replicated)
-
-    def collect(self, handle: StepHandle) -> list[SampledToken | None]:
-        """Waits for a step; its token for each scheduled request that sampled."""
-        scheduled = handle.decision.scheduled
-        results = handle.results.result()
+    def collect(self, handle: StepHandle) -> StepResult:
+        """Waits for a step; what its lanes chose."""
+        decision, results = handle.decision, handle.results
         if not isinstance(results, Sampled):
             results.block_until_ready()
-            return [None] * len(scheduled)
+            return StepResult([-1] * decision.num_lanes)
         sampled = jax.tree.map(np.asarray, results)
-        tokens = sampled.tokens.tolist()
-        return [
-            SampledToken(tokens[lane], _logprobs(item, lane, sampled)) if item.samples else None
-            for lane, item in enumerate(scheduled)
+        token_ids = sampled.tokens[: decision.num_lanes].tolist()
+        if sampled.logprobs is None:
+            return StepResult(token_ids)
+        logprobs = [
+            _logprobs(request, lane, sampled) if samples else None
+            for lane, (request, samples) in enumerate(zip(decision.requests, decision.samples))
         ]
+        return StepResult(token_ids, logprobs)
 
     def close(self) -> None:
         """Frees the cache and the programs; the weights, if nobody else holds them."""
-        self._launcher.shutdown()
         self.programs.close()
         for array in jax.tree.leaves(self._state):
             array.delete()
@@ -214,6 +214,12 @@ def make_buckets(config: ResolvedConfig, platform: str) -> list[Bucket]:
     return sorted({Bucket(*shape) for shape in shapes}, key=lambda b: (b.tokens, b.lanes))
 
 
+def step_sizes(buckets: Sequence[Bucket]) -> list[int]:
+    """Tokens that the buckets hold which take prompts of any number of requests, ascending."""
+    rows = max(bucket.lanes for bucket in buckets)
+    return [b.tokens for b in buckets if b.lanes == rows and not b.decode_only]
+
+
 def _powers(start: int, factor: int, last: int) -> list[int]:
     """start, start * factor, ... below ``last``, then ``last``."""
     values = []
@@ -223,30 +229,21 @@ def _powers(start: int, factor: int, last: int) -> list[int]:
     return [*values, last]
 
 
-def _variant(scheduled: Sequence[ScheduledRequest]) -> Variant:
-    """The least sampler that does what every request of the step asks."""
-    params = [item.request.params for item in scheduled]
-    if any(p.logprobs is not None for p in params):
-        return "logprobs"
-    plain = all(p.greedy and not p.has_penalties and not p.min_tokens for p in params)
-    return "greedy" if plain else "sample"
-
-
-def _count_pieces(item: ScheduledRequest) -> Iterable[np.ndarray]:
+def _count_pieces(request: Request) -> Iterable[np.ndarray]:
     """A request's tokens so far, packed for the program ``count_tokens``."""
-    ids = item.request.token_ids
+    ids = request.token_ids
     for start in range(0, len(ids), step.COUNT_PIECE):
         piece = ids[start : start + step.COUNT_PIECE]
         packed = np.full(2 * step.COUNT_PIECE + 2, -1, np.int32)
         packed[: len(piece)] = piece
         places = start + np.arange(step.COUNT_PIECE)
-        packed[step.COUNT_PIECE : 2 * step.COUNT_PIECE] = places < item.request.num_prompt_tokens
-        packed[-2:] = item.row, start == 0
+        packed[step.COUNT_PIECE : 2 * step.COUNT_PIECE] = places < request.num_prompt_tokens
+        packed[-2:] = request.row, start == 0
         yield packed
 
 
-def _logprobs(item: ScheduledRequest, lane: int, sampled: Sampled) -> TokenLogprobs | None:
-    wanted = item.request.params.logprobs
+def _logprobs(request: Request, lane: int, sampled: Sampled) -> TokenLogprobs | None:
+    wanted = request.params.logprobs
     if wanted is None:
         return None
     assert sampled.logprobs is not None  # the step's variant is "logprobs" if anybody wants them

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from jaxserve import LLM, ConfigError, SamplingParams
+from jaxserve import LLM, CheckpointError, ConfigError, SamplingParams, build
+from jaxserve.config import EngineConfig
 from jaxserve.engine.programs import compile_events
 from tests.helpers.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.helpers.engines import Job, drive, greedy_params
@@ -98,6 +102,91 @@ def test_background_warm_up_serves_before_all_is_compiled(
         before = compile_events()["compilations"]
         drive(llm._engine, varied_workload(12))
         assert compile_events()["compilations"] == before
+
+
+def test_programs_are_compiled_while_the_weights_are_loaded(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the weights come only when every program is compiled."""
+    load_weights = build.load_weights
+    ready = []
+
+    def slow(built: build.Built, use_tqdm: bool) -> None:
+        built.runner.programs.wait()
+        ready.append(built.runner.programs.num_ready)
+        load_weights(built, use_tqdm)
+
+    monkeypatch.setattr(build, "load_weights", slow)
+    with LLM(str(directory), **SIZES) as llm:
+        assert ready == [NUM_PROGRAMS]
+        before = compile_events()["compilations"]
+        llm.generate([[5, 6, 7]], greedy_params(5), use_tqdm=False)
+        assert compile_events()["compilations"] == before
+        names = [span.name for span in llm.timeline.spans]
+        assert names == ["device", "weights", "waiting for programs", "allocating"]
+        assert llm.programs.lower_seconds > 0 and llm.programs.compile_seconds > 0
+
+
+def test_the_declared_weights_are_those_that_are_loaded(directory: Path) -> None:
+    """The cache is sized, and programs are compiled, by the declared shapes."""
+    with LLM(str(directory), enforce_eager=True, **SIZES) as llm:
+        arrays = llm._runner._params.values()
+        rounded = sum(-(-array.nbytes // 256) * 256 for array in arrays)
+        assert llm.memory.weights == rounded > 0
+
+
+@pytest.mark.parametrize("what", ["weights", "tokenizer"])
+def test_what_cannot_be_loaded_stops_what_was_started(
+    what: str, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    start_compiling = build.start_compiling
+
+    def noted(one: build.Built) -> None:
+        built.append(one)
+        start_compiling(one)
+
+    def damaged(*_: object) -> None:
+        raise CheckpointError("the weights are damaged")
+
+    monkeypatch.setattr(build, "start_compiling", noted)
+    monkeypatch.setattr(build, "load_weights", damaged)
+    options = SIZES | {"skip_tokenizer_init": what == "weights", "tokenizer": "no/such/place"}
+    message = "the weights are damaged" if what == "weights" else "No tokenizer could be loaded"
+    with pytest.raises(CheckpointError, match=message):
+        LLM(str(directory), **options)
+    assert not any(thread.is_alive() for thread in built[0].runner.programs._threads)
+    assert built[0].runner.programs.num_ready == 0
+
+
+@pytest.mark.parametrize(
+    ("platform", "settings", "starts"),
+    [
+        ("cpu", {}, True),
+        ("gpu", {}, True),
+        ("cpu", {"load_format": "dummy"}, True),
+        # XLA's autotuner takes the time of kernels; making random weights would disturb it.
+        ("gpu", {"load_format": "dummy"}, False),
+        ("gpu", {"enforce_eager": True}, False),
+    ],
+)
+def test_when_compiling_starts_before_the_weights_are_there(
+    platform: str, settings: dict[str, Any], starts: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+    programs = SimpleNamespace(start=lambda: started.append(True))
+    built: Any = SimpleNamespace(
+        config=EngineConfig(**settings), runner=SimpleNamespace(programs=programs)
+    )
+    monkeypatch.setattr(build.jax, "default_backend", lambda: platform)
+    build.start_compiling(built)
+    assert started == [True] * starts
+
+
+def test_garbage_collection_is_as_before_after_starting(directory: Path) -> None:
+    before = gc.get_threshold()
+    with LLM(str(directory), enforce_eager=True, **SIZES):
+        assert gc.get_threshold() == before
 
 
 def test_closing_during_background_warm_up_does_not_hang(directory: Path) -> None:

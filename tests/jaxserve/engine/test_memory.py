@@ -1,23 +1,42 @@
-"""How many pages there are, in numbers."""
+"""How many pages there are, in numbers, and that the whole stays below what may be used."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from jax.sharding import NamedSharding
 
 from jaxserve.config import DeviceFacts, EngineConfig, ResolvedConfig
+from jaxserve.distributed import LOGICAL_TO_MESH, make_mesh
 from jaxserve.engine import memory
-from jaxserve.engine.memory import GIB, MemoryPlan, activation_bytes, check_fits, plan_memory
+from jaxserve.engine.memory import (
+    FRACTIONS,
+    GIB,
+    UNSPLIT,
+    MemoryPlan,
+    activation_bytes,
+    check_fits,
+    claim_memory,
+    plan_memory,
+)
 from jaxserve.errors import ConfigError
+from jaxserve.model import decoder, kv_cache
 from jaxserve.model.config import AttentionSpec, LayerSpec, MLPSpec, ModelConfig, NormSpec
+from jaxserve.model.params import num_bytes, partition_specs
 
 NORM = NormSpec("rms", 1e-5)
 LAYER = LayerSpec(AttentionSpec(8, 4, 16, 0.25), MLPSpec(256, "silu"), NORM)
 MODEL = ModelConfig("Test", 1000, 128, 512, (LAYER,) * 3, NORM, False, 128)
 PAGE_BYTES = 3 * 2 * 4 * 16 * 16 * 2  # layers, K and V, heads, head size, slots, bfloat16
+WEIGHT_BYTES = num_bytes(decoder.declare(MODEL), jnp.bfloat16)
+EMBEDDING_BYTES = 1000 * 128 * 2  # the largest weight
 
 
 def resolved(**settings: Any) -> ResolvedConfig:
@@ -25,18 +44,35 @@ def resolved(**settings: Any) -> ResolvedConfig:
     return EngineConfig(**sizes | settings).resolve(DeviceFacts("cpu", 8), 512)
 
 
-def pages(**settings: Any) -> MemoryPlan:
-    return plan_memory(resolved(**settings), MODEL, jnp.dtype("bfloat16"))
+def pages(fraction: float = 0.9, model: ModelConfig = MODEL, **settings: Any) -> MemoryPlan:
+    config, dtype = resolved(**settings), jnp.dtype("bfloat16")
+    mesh = make_mesh(config.tensor_parallel_size)
+    tree = decoder.declare(model)
+    specs = partition_specs(tree, LOGICAL_TO_MESH, mesh.shape)
+    weights = {
+        path: jax.ShapeDtypeStruct(param.shape, dtype, sharding=NamedSharding(mesh, specs[path]))
+        for path, param in tree.items()
+    }
+    return plan_memory(config, model, weights, mesh, dtype, fraction)
 
 
+@dataclasses.dataclass
 class FakeDevice:
     """A device that tells its memory."""
 
-    def __init__(self, limit: int, in_use: int) -> None:
-        self._stats = {"bytes_limit": limit, "bytes_in_use": in_use}
+    limit: int
+    in_use: int = 0
 
     def memory_stats(self) -> dict[str, int]:
-        return self._stats
+        return {"bytes_limit": self.limit, "bytes_in_use": self.in_use}
+
+
+def on(patch: pytest.MonkeyPatch, *devices: FakeDevice) -> None:
+    """Lets meshes consist of fake devices, as far as their memory is concerned."""
+    patch.setattr(jax.sharding.Mesh, "local_devices", property(lambda mesh: list(devices)))
+
+
+# --- the size of the cache ------------------------------------------------------------------------
 
 
 def test_a_number_of_pages_comes_with_the_paddings_page_on_top() -> None:
@@ -50,29 +86,145 @@ def test_bytes_for_the_cache_hold_the_paddings_page_too() -> None:
     assert pages(kv_cache_memory_bytes=1).num_pages == 1
 
 
-def test_devices_share_a_page() -> None:
+def test_devices_share_a_page_and_the_weights() -> None:
     plan = pages(tensor_parallel_size=4, kv_cache_memory_bytes=100 * PAGE_BYTES)
     assert (plan.page_bytes, plan.num_pages) == (PAGE_BYTES // 4, 400)
+    # All matrices are split; the norms are on every device.
+    norms = (2 * 3 + 1) * 128 * 2
+    assert plan.weights == norms + (WEIGHT_BYTES - norms) // 4
 
 
 def test_a_cpu_takes_no_more_than_all_rows_could_use() -> None:
-    assert pages().num_pages == 4 * 512 // 16
-
-
-def test_a_gpu_takes_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    limit, in_use = 8 * GIB, 3 * GIB
-    monkeypatch.setattr(memory.jax, "local_devices", lambda: [FakeDevice(limit, in_use)])
     plan = pages()
-    assert (plan.limit, plan.in_use) == (limit, in_use)
-    cache = plan.num_pages * plan.page_bytes
-    assert limit - PAGE_BYTES < in_use + plan.activations + cache <= limit
-    assert "weights 3.00 GiB, activations 0.25 GiB" in str(plan)
-    assert "of 8.00 GiB" in str(plan)
+    assert plan.num_pages == 4 * 512 // 16
+    assert (plan.weights, plan.slack) == (WEIGHT_BYTES, 0)
+
+
+def test_a_cpu_leaves_room_for_the_weights_that_are_still_to_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Host:
+        available, total = WEIGHT_BYTES + 20 * PAGE_BYTES, GIB
+
+    monkeypatch.setattr(memory.psutil, "virtual_memory", Host)
+    assert pages().num_pages == 10
+
+
+# --- on a device that tells its memory ------------------------------------------------------------
+
+
+def test_a_gpu_takes_what_is_left_beside_weights_that_are_not_there_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    on(monkeypatch, FakeDevice(8 * GIB, 3 * GIB))
+    plan = pages()
+    assert (plan.limit, plan.in_use, plan.weights) == (8 * GIB, 3 * GIB, WEIGHT_BYTES)
+    assert plan.limit - PAGE_BYTES < plan.total <= plan.limit
+    text = str(plan)
+    assert "in use before 3.00 GiB, weights 0.00 GiB, activations 0.25 GiB, slack 0.13 GiB" in text
+    assert f"KV cache ({plan.num_pages} pages) 4.62 GiB of 8.00 GiB" in text
 
 
 def test_a_gpu_that_is_full_has_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory.jax, "local_devices", lambda: [FakeDevice(GIB, GIB)])
+    on(monkeypatch, FakeDevice(GIB, GIB))
     assert pages().num_pages == 1
+
+
+def test_the_fullest_device_decides(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, FakeDevice(8 * GIB), FakeDevice(9 * GIB, 5 * GIB), FakeDevice(6 * GIB, GIB))
+    plan = pages(tensor_parallel_size=2)
+    assert (plan.limit, plan.in_use) == (9 * GIB, 5 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "utilization", "share"),
+    [
+        (0.9, 0.9, 1.0),  # JAX was given what this engine may use
+        (0.9, 0.45, 0.5),  # ... more than that, for an engine before
+        (0.5, 0.9, 1.0),  # ... less: more than JAX has can't be used
+    ],
+)
+def test_utilization_is_of_the_devices_memory_and_never_exceeded(
+    fraction: float, utilization: float, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = 80 * GIB
+    limit = int(fraction * total)
+    on(monkeypatch, FakeDevice(limit))
+    plan = pages(fraction, gpu_memory_utilization=utilization)
+    assert plan.limit == int(limit * share)
+    assert plan.limit - PAGE_BYTES < plan.total <= plan.limit <= utilization * total
+
+
+SIZES = st.tuples(
+    st.integers(1, 40),  # layers
+    st.sampled_from([1, 3, 4]),  # KV heads
+    st.sampled_from([8, 24, 64]),  # head size
+    st.integers(GIB // 2, 16 * GIB),  # limit
+    st.floats(0.01, 1),  # utilization
+    st.sampled_from([8, 16, 128]),  # page size
+)
+
+
+@given(SIZES)
+def test_the_caches_arrays_fit_into_what_the_allocator_has_left(
+    sizes: tuple[int, int, int, int, float, int],
+) -> None:
+    """Weights come first, with a hole left between them by XLA's autotuner as large as the largest.
+    Then each array of the cache is cut from the rest, rounded; the activations still fit, as one
+    piece."""
+    layers, kv_heads, head_size, limit, utilization, page_size = sizes
+    spec = AttentionSpec(kv_heads, kv_heads, head_size, 0.25)
+    model = dataclasses.replace(
+        MODEL, layers=(dataclasses.replace(LAYER, attention=spec),) * layers
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        on(patch, FakeDevice(limit))
+        plan = pages(1.0, model, gpu_memory_utilization=utilization, block_size=page_size)
+    if plan.num_pages == 1:  # nothing fits, and check_fits says so
+        return
+    assert plan.total <= plan.limit <= limit * utilization
+    dtype = jnp.dtype("bfloat16")
+    arrays = jax.tree.leaves(kv_cache.shapes(model, plan.num_pages, page_size, dtype, make_mesh(1)))
+    assert sum(math.prod(array.shape) * 2 for array in arrays) == plan.cache
+    free = plan.limit - plan.in_use - plan.weights - EMBEDDING_BYTES
+    for array in arrays:
+        taken = -(-math.prod(array.shape) * 2 // 256) * 256
+        if free - taken < UNSPLIT and free < 2 * taken:
+            taken = free  # the allocator doesn't split a region of which so little would remain
+        free -= taken
+        assert free >= 0
+    assert free >= plan.activations
+
+
+# --- the share that JAX's allocator gets ----------------------------------------------------------
+
+
+@pytest.fixture
+def no_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in FRACTIONS:
+        monkeypatch.setenv(name, "")  # restores it, too
+
+
+@pytest.mark.usefixtures("no_shares")
+def test_the_first_engine_tells_jax_and_the_next_one_learns_it() -> None:
+    assert claim_memory(0.7) == 0.7
+    assert memory.os.environ[FRACTIONS[0]] == "0.7"
+    assert claim_memory(0.9) == 0.7
+
+
+@pytest.mark.usefixtures("no_shares")
+@pytest.mark.parametrize("name", FRACTIONS)
+def test_a_share_that_the_user_set_stays(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Setting both variables makes JAX refuse to start."""
+    monkeypatch.setenv(name, "0.4")
+    assert claim_memory(0.9) == 0.4
+    assert [each for each in FRACTIONS if memory.os.environ[each]] == [name]
+    monkeypatch.setenv(name, "much")
+    with pytest.raises(ConfigError, match=f"{name}=much must be above 0, at most 1"):
+        claim_memory(0.9)
+
+
+# --- the largest step -----------------------------------------------------------------------------
 
 
 def test_larger_steps_and_models_need_more_scratch_memory() -> None:
@@ -87,10 +239,22 @@ def test_larger_steps_and_models_need_more_scratch_memory() -> None:
     assert activation_bytes(resolved(tensor_parallel_size=4), MODEL, jnp.bfloat16) < base
 
 
+# --- what must fit --------------------------------------------------------------------------------
+
+PLAN = MemoryPlan(
+    num_pages=33,
+    page_bytes=GIB // 64,
+    in_use=GIB,
+    weights=GIB,
+    activations=GIB,
+    slack=GIB // 4,
+    limit=4 * GIB,
+)
+
+
 def test_one_longest_sequence_must_fit() -> None:
-    plan = MemoryPlan(num_pages=33, page_bytes=GIB // 64, in_use=GIB, activations=0, limit=4 * GIB)
-    check_fits(plan, resolved(max_model_len=512))
-    plan = dataclasses.replace(plan, num_pages=32)
+    check_fits(PLAN, resolved(max_model_len=512))
+    plan = dataclasses.replace(PLAN, num_pages=32)
     with pytest.raises(ConfigError) as error:
         check_fits(plan, resolved(max_model_len=512))
     text = str(error.value)
@@ -101,8 +265,14 @@ def test_one_longest_sequence_must_fit() -> None:
 
 
 def test_without_room_for_a_page_no_length_is_recommended() -> None:
-    plan = MemoryPlan(num_pages=1, page_bytes=GIB, in_use=GIB, activations=0, limit=GIB)
+    plan = dataclasses.replace(PLAN, num_pages=1, page_bytes=GIB)
     with pytest.raises(ConfigError) as error:
         check_fits(plan, resolved())
     assert "room for 0 tokens" in str(error.value)
     assert "max_model_len=0" not in str(error.value)
+
+
+def test_a_cache_of_a_given_size_must_fit_beside_the_rest() -> None:
+    check_fits(dataclasses.replace(PLAN, num_pages=48), resolved())
+    with pytest.raises(ConfigError, match=r"0\.25 GiB more than there is to use: .*Lower kv_cache"):
+        check_fits(dataclasses.replace(PLAN, num_pages=64), resolved())
