@@ -7,10 +7,17 @@ import sys
 from collections.abc import Sequence
 
 from jaxserve import __version__
-from jaxserve.cli import chat, convert, doctor, flags, generate
+from jaxserve.cli import bench, cache, chat, convert, doctor, flags, generate
 from jaxserve.errors import JaxserveError
 
-COMMANDS = {"generate": generate, "chat": chat, "convert": convert, "doctor": doctor}
+COMMANDS = {
+    "generate": generate,
+    "chat": chat,
+    "convert": convert,
+    "bench": bench,
+    "cache": cache,
+    "doctor": doctor,
+}
 
 
 def make_parser() -> flags.Parser:
@@ -22,13 +29,7 @@ def make_parser() -> flags.Parser:
         description="LLM inference in JAX. Without a model, commands use a tiny embedded one.",
         epilog="jaxserve COMMAND --help shows the flags of a command.",
     )
-    commands = parser.add_subcommands(
-        dest="command", metavar="COMMAND", title="commands", description=None
-    )
-    for name, command in COMMANDS.items():
-        subparser = command.make_parser()
-        commands.add_subcommand(name, subparser, help=command.HELP)
-        subparser.prog = f"jaxserve {name}"
+    flags.add_commands(parser, "jaxserve", COMMANDS)
     return parser
 
 

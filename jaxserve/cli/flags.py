@@ -9,7 +9,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -23,7 +23,7 @@ ENGINE_HIDDEN = {"model", "skip_tokenizer_init", "seed"}
 SAMPLING_HIDDEN = {"n", "logprobs", "detokenize", "spaces_between_special_tokens"}
 """Fields of SamplingParams that mean nothing on a terminal."""
 SHORT = {"tensor_parallel_size": "-tp"}
-METAVARS = {int: "N", float: "X", str: "TEXT"}
+METAVARS = {int: "N", float: "X", str: "TEXT", dict[str, str]: "JSON"}
 
 
 class Formatter(DefaultHelpFormatter):
@@ -57,9 +57,19 @@ class Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints one line and exits with code 2."""
         parser = getattr(ex, "subcommand_parser", None) or self
-        line = _readable(message) + parser._suggestion(message)
+        missing = re.match(r"expected \"((?:\w+\.)*)command\" to be one of", message)
+        if missing:
+            for name in missing[1].split(".")[:-1]:
+                parser = parser._commands()[name]
+            line = f"give a command: {', '.join(parser._commands())}"
+        else:
+            line = _readable(message) + parser._suggestion(message)
         print(f"{parser.prog}: {line} (see {parser.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+    def _commands(self) -> dict[str, Parser]:
+        action = self._subcommands_action
+        return {} if action is None else action._name_parser_map
 
     def _suggestion(self, message: str) -> str:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message.lower())
@@ -75,10 +85,7 @@ def _readable(message: str) -> str:
     if wrong:
         kind = {"int": "an integer", "float": "a number"}.get(wrong[2], wrong[2])
         return f"{_flag(wrong[1].rpartition('.')[2])} must be {kind}, got {wrong[3]!r}"
-    missing = re.match(r"expected \"command\" to be one of {(.*)}", message)
-    if missing:
-        return f"give a command: {missing[1].replace(',', ', ')}"
-    message = re.sub(r"(required: )\w+\.", r"\1", message)
+    message = re.sub(r"(?<=required: ).*", lambda m: re.sub(r"(\w+\.)+", "", m[0]), message)
     return " ".join(message.split())
 
 
@@ -104,19 +111,34 @@ def summaries(cls: type) -> dict[str, str]:
     return {name: re.sub(r"\s+", " ", text).replace("``", "") for name, text in entries}
 
 
+def add_commands(parser: ArgumentParser, prog: str, commands: Mapping[str, Any]) -> None:
+    """Subcommands: modules with HELP, make_parser() and run(args), and COMMANDS if they have
+    subcommands of their own."""
+    adding = parser.add_subcommands(
+        dest="command", metavar="COMMAND", title="commands", description=None
+    )
+    for name, command in commands.items():
+        subparser = command.make_parser()
+        adding.add_subcommand(name, subparser, help=command.HELP)
+        subparser.prog = f"{prog} {name}"
+        if hasattr(command, "COMMANDS"):
+            add_commands(subparser, subparser.prog, command.COMMANDS)
+
+
 def add_model(parser: ArgumentParser, positional: bool = True) -> None:
     """The model, as a word or a flag."""
     text = "a directory (Hugging Face or Orbax) or a hub id; the embedded demo model by default"
     if positional:
         parser.add_argument("model_word", metavar="MODEL", nargs="?", type=str, help=text)
-    parser.add_argument("--model", metavar="MODEL", type=str, help="the same as a flag")
+    text = "the same as a flag" if positional else text
+    parser.add_argument("--model", metavar="MODEL", type=str, help=text)
     parser.add_argument("--config", action="config", metavar="FILE", help="flags from a YAML file")
 
 
-def add_engine_flags(parser: ArgumentParser) -> None:
-    """A flag for each field of EngineConfig."""
+def add_engine_flags(parser: ArgumentParser, also: Collection[str] = ()) -> None:
+    """A flag for each field of EngineConfig; ``also`` names hidden ones to show."""
     group = parser.add_argument_group("engine")
-    _add_fields(group, EngineConfig, ENGINE_HIDDEN, own_defaults=True)
+    _add_fields(group, EngineConfig, ENGINE_HIDDEN.difference(also), own_defaults=True)
 
 
 def add_sampling_flags(parser: ArgumentParser, max_tokens: int | None) -> None:
@@ -166,10 +188,11 @@ def _kind(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-def engine_arguments(args: Namespace) -> dict[str, Any]:
-    """The keyword arguments of LLM, from the flags."""
+def engine_arguments(args: Namespace, also: Collection[str] = ()) -> dict[str, Any]:
+    """The keyword arguments of LLM, from the flags that ``add_engine_flags`` made."""
     names = [field.name for field in dataclasses.fields(EngineConfig)]
-    values = {name: args[name] for name in names if name not in ENGINE_HIDDEN}
+    hidden = ENGINE_HIDDEN.difference(also)
+    values = {name: args[name] for name in names if name not in hidden}
     model = args.model or args.get("model_word")
     _check(EngineConfig, model=model, **values)
     return {"model": model, **values}

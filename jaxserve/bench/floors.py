@@ -1,0 +1,95 @@
+"""The least time that a work can take: its bytes at full bandwidth, or its FLOPs at full speed.
+
+All prompts are computed first, then all outputs token by token; each of the two phases takes at
+least the time of its bytes and at least that of its FLOPs. (An engine that hides the one phase's
+FLOPs behind the other's bytes completely could be faster than this sum; none here does.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax.numpy as jnp
+
+from jaxserve.model import decoder, kv_cache
+from jaxserve.model.config import ModelConfig
+
+NOT_MULTIPLIED = ("embed/tokens", "embed/positions")
+"""Tables of which a token reads one row."""
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What all devices of an engine can do together.
+
+    Attributes:
+        bandwidth: of the device memory, in bytes per second.
+        flops: dense products in the model's dtype, in floating-point operations per second.
+    """
+
+    bandwidth: float
+    flops: float
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model's tokens cost.
+
+    Attributes:
+        vocab_size: ids that its embedding knows.
+        weight_bytes: read by each step.
+        token_flops: of each computed token, without attention and the head.
+        head_flops: of each sampled token's logits.
+        kv_bytes: read for each generated token and token of its context.
+        attention_flops: of each token and token of its context.
+    """
+
+    vocab_size: int
+    weight_bytes: int
+    token_flops: int
+    head_flops: int
+    kv_bytes: int
+    attention_flops: int
+
+
+def costs(model: ModelConfig, dtype: str) -> Costs:
+    """The costs of a model whose weights and cache are of a dtype ("bfloat16", ...)."""
+    tree = decoder.declare(model)
+    size = jnp.dtype(dtype).itemsize
+    head = "embed/tokens" if model.tie_word_embeddings else "head/tokens"
+    read = sum(p.size for path, p in tree.items() if path not in NOT_MULTIPLIED or path == head)
+    products = sum(
+        param.size
+        for path, param in tree.items()
+        if len(param.shape) > 1 and path not in (*NOT_MULTIPLIED, head)
+    )
+    heads = sum(layer.attention.num_heads * layer.attention.head_size for layer in model.layers)
+    return Costs(
+        vocab_size=model.vocab_size,
+        weight_bytes=read * size,
+        token_flops=2 * products,
+        head_flops=2 * tree[head].size,
+        kv_bytes=kv_cache.bytes_per_page(model, 1, jnp.dtype(dtype)),
+        attention_flops=4 * heads,  # a product with the keys, one with the values
+    )
+
+
+def floor_seconds(
+    cost: Costs, lengths: Sequence[tuple[int, int]], rows: int, hardware: Hardware
+) -> float:
+    """Least seconds of requests of (input, output) lengths, of which ``rows`` run at once."""
+    prompts = sum(i for i, _ in lengths)
+    flops = prompts * cost.token_flops + len(lengths) * cost.head_flops
+    flops += cost.attention_flops * sum(i * (i + 1) // 2 for i, _ in lengths)
+    reading = max(flops / hardware.flops, cost.weight_bytes / hardware.bandwidth)
+
+    # The step that ends a prompt samples its first token.
+    decoded = [(i, o - 1) for i, o in lengths if o > 1]
+    tokens = sum(o for _, o in decoded)
+    steps = max(math.ceil(tokens / rows), max((o for _, o in decoded), default=0))
+    context = sum(o * i + o * (o + 1) // 2 for i, o in decoded)
+    bytes_read = steps * cost.weight_bytes + context * cost.kv_bytes
+    flops = tokens * (cost.token_flops + cost.head_flops) + context * cost.attention_flops
+    return reading + max(flops / hardware.flops, bytes_read / hardware.bandwidth)

@@ -1,0 +1,82 @@
+"""The floor is arithmetic: bytes over bandwidth, FLOPs over speed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from converters import open_checkpoint
+from jaxserve.bench.floors import Costs, Hardware, costs, floor_seconds
+from jaxserve.bench.shapes import SHAPES, write_shape
+
+COST = Costs(
+    vocab_size=100,
+    weight_bytes=1000,
+    token_flops=20,
+    head_flops=4,
+    kv_bytes=3,
+    attention_flops=2,
+)
+FAST = 1e30
+
+
+def shape_costs(name: str, directory: Path) -> Costs:
+    write_shape(name, directory)
+    return costs(open_checkpoint(directory, "dummy").config, "bfloat16")
+
+
+def test_every_shape_is_a_model(tmp_path: Path) -> None:
+    for name, shape in SHAPES.items():
+        assert shape_costs(name, tmp_path).vocab_size == shape["vocab_size"]
+
+
+def test_costs_of_the_8b_shape(tmp_path: Path) -> None:
+    """8.03 billion weights, 0.525 of them in the embedding, as many in the head."""
+    cost = shape_costs("llama8b", tmp_path)
+    head = 128256 * 4096
+    layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
+    norms = (2 * 32 + 1) * 4096
+    assert cost.token_flops == 2 * 32 * layer
+    assert cost.head_flops == 2 * head
+    assert cost.weight_bytes == 2 * (32 * layer + head + norms)
+    assert cost.kv_bytes == 32 * 2 * 8 * 128 * 2
+    assert cost.attention_flops == 32 * 4 * 4096
+
+
+def test_a_tied_embedding_is_read_as_the_head(tmp_path: Path) -> None:
+    cost = shape_costs("llama1b", tmp_path)
+    head = 128256 * 2048
+    layer = 2048 * (2048 + 2 * 512) + 2048 * 2048 + 3 * 2048 * 8192
+    assert cost.weight_bytes == 2 * (16 * layer + head + (2 * 16 + 1) * 2048)
+    assert (cost.head_flops, cost.token_flops) == (2 * head, 2 * 16 * layer)
+
+
+def test_decoding_reads_all_weights_each_step_and_the_context() -> None:
+    """One prompt of 10 tokens; its 3 tokens after the first see 11, 12 and 13."""
+    only_bytes = Hardware(bandwidth=1.0, flops=FAST)
+    wanted = 1000 + 3 * 1000 + (11 + 12 + 13) * 3
+    assert floor_seconds(COST, [(10, 4)], 1, only_bytes) == pytest.approx(wanted)
+
+
+def test_prompts_take_their_products_and_attention() -> None:
+    only_flops = Hardware(bandwidth=FAST, flops=1.0)
+    prompt = 10 * 20 + 4 + 2 * (10 * 11 // 2)
+    assert floor_seconds(COST, [(10, 1)], 1, only_flops) == pytest.approx(prompt)
+    decoded = 3 * (20 + 4) + 2 * (11 + 12 + 13)
+    assert floor_seconds(COST, [(10, 4)], 1, only_flops) == pytest.approx(prompt + decoded)
+
+
+def test_rows_share_the_weights() -> None:
+    only_bytes = Hardware(bandwidth=1.0, flops=FAST)
+    lengths = [(1, 11)] * 6
+    context = 6 * sum(range(2, 12)) * 3
+    for rows, steps in [(1, 60), (2, 30), (6, 10), (100, 10)]:
+        wanted = 1000 + steps * 1000 + context
+        assert floor_seconds(COST, lengths, rows, only_bytes) == pytest.approx(wanted)
+
+
+def test_each_phase_takes_the_slower_of_the_two() -> None:
+    slow, fast = Hardware(1.0, 1.0), Hardware(FAST, 1.0)
+    assert floor_seconds(COST, [(1000, 1)], 1, slow) == floor_seconds(COST, [(1000, 1)], 1, fast)
+    assert floor_seconds(COST, [(1, 1)], 1, slow) == 1000  # the weights must be read even so
