@@ -34,6 +34,17 @@ def reduce_sum(x: jax.Array) -> jax.Array:
     return jax.lax.psum(x, TENSOR) if tensor_parallel_size() > 1 else x
 
 
+def reduce_terms(terms: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Sums terms [S, T, outputs] of a product over the tensor-parallel devices, and adds the bias.
+
+    Returns:
+        Terms [S, T, outputs]; just one where there is something to add.
+    """
+    if tensor_parallel_size() > 1:
+        terms = jax.lax.psum(terms.sum(0, keepdims=True), TENSOR)
+    return terms if bias is None else terms.sum(0, keepdims=True) + bias
+
+
 def tensor_parallel_size() -> int:
     """Devices among which the running shard_map splits the model; 1 outside of one."""
     return jax.sharding.get_abstract_mesh().shape.get(TENSOR, 1)

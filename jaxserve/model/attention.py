@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import jax
 
-from jaxserve.distributed import reduce_sum
+from jaxserve.distributed import reduce_terms
 from jaxserve.model import kv_cache, norms, rope
 from jaxserve.model.config import AttentionSpec
 from jaxserve.model.inputs import StepInputs
 from jaxserve.model.params import Param, Params, prefixed
-from jaxserve.quant import linear
-from pallas_kernels.fused_linear import RMSNorm
+from jaxserve.quant import linear_terms
+from pallas_kernels.dispatch import CHOOSE, Kernels
 from pallas_kernels.paged_attention import paged_attention
 from pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
 
@@ -39,24 +39,32 @@ def apply(
     spec: AttentionSpec,
     params: Params,
     x: jax.Array,
-    norm: RMSNorm | None,
     cache: kv_cache.LayerCache,
     inputs: StepInputs,
     cos_sin: rope.CosSin | None,
+    kernels: Kernels = CHOOSE,
 ) -> tuple[jax.Array, kv_cache.LayerCache]:
-    """Attends from x [T, hidden], normalized first by ``norm``, to each request's tokens so far.
+    """Attends from x [T, hidden] to each request's tokens so far.
 
     Returns:
-        The output [T, hidden] and the layer's cache with this step's keys and values written.
+        Terms [S, T, hidden] whose sum is the output, and the layer's cache with this step's keys
+        and values written.
     """
-    qkv = linear(x, params["qkv"], norm)
+    qkv = linear_terms(x, params["qkv"], kernels.fused_linear)
     if spec.qkv_bias:
-        qkv = qkv + params["qkv_bias"]
+        qkv = qkv.sum(0, keepdims=True) + params["qkv_bias"]
     head_norm = None
     if spec.qk_norm is not None:
         head_norm = HeadNorm(params["q_norm/scale"], params["k_norm/scale"], spec.qk_norm.eps)
     q, k_pages, v_pages = rope_kv_write(
-        qkv, cos_sin, head_norm, *cache, inputs.write_page, inputs.write_slot
+        qkv,
+        cos_sin,
+        head_norm,
+        *cache,
+        inputs.write_page,
+        inputs.write_slot,
+        dtype=x.dtype,
+        implementation=kernels.rope_kv_write,
     )
     o = paged_attention(
         q,
@@ -66,9 +74,8 @@ def apply(
         inputs.attention,
         scale=spec.scale,
         sliding_window=spec.sliding_window,
+        implementation=kernels.paged_attention,
     )
     o = o.reshape(-1, *params["out"].shape[1:])
-    out = reduce_sum(linear(o, params["out"]))
-    if spec.out_bias:
-        out = out + params["out_bias"]
-    return out, (k_pages, v_pages)
+    terms = linear_terms(o, params["out"], kernels.fused_linear)
+    return reduce_terms(terms, params.get("out_bias")), (k_pages, v_pages)

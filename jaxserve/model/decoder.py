@@ -15,8 +15,9 @@ from jaxserve.model.config import AttentionSpec, LayerSpec, ModelConfig
 from jaxserve.model.inputs import StepInputs
 from jaxserve.model.kv_cache import KVCache, LayerCache
 from jaxserve.model.params import Param, Params, prefixed, under
+from jaxserve.model.residual import Residual
 from jaxserve.quant import linear
-from pallas_kernels.fused_linear import RMSNorm
+from pallas_kernels.dispatch import CHOOSE, Kernels
 
 
 def declare(config: ModelConfig) -> dict[str, Param]:
@@ -78,15 +79,19 @@ def for_tensor_parallel(config: ModelConfig, size: int) -> ModelConfig:
 
 
 def forward(
-    config: ModelConfig, params: Params, cache: KVCache, inputs: StepInputs
+    config: ModelConfig,
+    params: Params,
+    cache: KVCache,
+    inputs: StepInputs,
+    kernels: Kernels = CHOOSE,
 ) -> tuple[jax.Array, KVCache]:
-    """Runs one step. Under shard_map, arrays are one device's shards.
+    """Runs one step, with the kernels named. Under shard_map, arrays are one device's shards.
 
     Returns:
         float32 logits [L, vocab] (one device's part of the vocabulary where it is split) of the
         tokens ``inputs.sample_index``, and the cache with this step's keys and values.
     """
-    x = _embed(config, params, inputs)
+    residual = Residual(_embed(config, params, inputs))
     tables = {
         spec: rope.cos_sin(spec, inputs.positions, inputs.rope_lengths)
         for spec in config.rope_specs
@@ -95,9 +100,12 @@ def forward(
     for index, layer in enumerate(config.layers):
         weights = under(f"layers/{index}", params)
         cos_sin = tables[layer.attention.rope] if layer.attention.rope is not None else None
-        x, layer_cache = _layer(layer, weights, x, cache[index], inputs, cos_sin)
+        residual, layer_cache = _layer(
+            layer, kernels, weights, residual, cache[index], inputs, cos_sin
+        )
         new_cache.append(layer_cache)
-    return _logits(config, params, x[inputs.sample_index]), tuple(new_cache)
+    logits = _logits(config, kernels, params, residual.take(inputs.sample_index))
+    return logits, tuple(new_cache)
 
 
 def _embed(config: ModelConfig, params: Params, inputs: StepInputs) -> jax.Array:
@@ -116,41 +124,41 @@ def _embed(config: ModelConfig, params: Params, inputs: StepInputs) -> jax.Array
     return x
 
 
-@functools.partial(jax.jit, static_argnums=0)  # layers alike are traced and lowered once
+@functools.partial(jax.jit, static_argnums=(0, 1))  # layers alike are traced and lowered once
 def _layer(
     layer: LayerSpec,
+    kernels: Kernels,
     weights: Params,
-    x: jax.Array,
+    residual: Residual,
     cache: LayerCache,
     inputs: StepInputs,
     cos_sin: rope.CosSin | None,
-) -> tuple[jax.Array, LayerCache]:
-    def before(which: str, h: jax.Array) -> tuple[jax.Array, RMSNorm | None]:
-        """What a half of the layer reads: RMSNorm is left to its first matrix product."""
+) -> tuple[Residual, LayerCache]:
+    def before(which: str, residual: Residual) -> tuple[Residual, jax.Array]:
         if layer.norm_order == "post":
-            return h, None
-        if layer.norm.kind == "rms":
-            return h, RMSNorm(weights[f"{which}/scale"], layer.norm.eps)
-        return norms.apply(layer.norm, under(which, weights), h), None
+            return residual, residual.x
+        return residual.normalized(layer.norm, under(which, weights), kernels)
 
-    def after(which: str, h: jax.Array) -> jax.Array:
+    def after(which: str, residual: Residual, delta: jax.Array) -> Residual:
+        residual = Residual(residual.x, delta)
         if layer.norm_order == "pre":
-            return h
-        return norms.apply(layer.norm, under(which, weights), h)
+            return residual
+        return Residual(residual.normalized(layer.norm, under(which, weights), kernels)[1])
 
-    h, norm = before("attention_norm", x)
+    residual, h = before("attention_norm", residual)
     h, cache = attention.apply(
-        layer.attention, under("attention", weights), h, norm, cache, inputs, cos_sin
+        layer.attention, under("attention", weights), h, cache, inputs, cos_sin, kernels
     )
-    x = after("attention_norm", x + h)
-    h, norm = before("ffn_norm", x)
-    h = ffn.apply(layer.ffn, under("ffn", weights), h, norm)
-    return after("ffn_norm", x + h), cache
+    residual, h = before("ffn_norm", after("attention_norm", residual, h))
+    h = ffn.apply(layer.ffn, under("ffn", weights), h, kernels)
+    return after("ffn_norm", residual, h), cache
 
 
-def _logits(config: ModelConfig, params: Params, x: jax.Array) -> jax.Array:
-    if config.final_norm is not None:
-        x = norms.apply(config.final_norm, under("head/norm", params), x)
+def _logits(config: ModelConfig, kernels: Kernels, params: Params, residual: Residual) -> jax.Array:
+    if config.final_norm is None:
+        x = residual.settled()
+    else:
+        x = residual.normalized(config.final_norm, under("head/norm", params), kernels)[1]
     if "head/project_out" in params:
         x = linear(x, params["head/project_out"])
     table = params["embed/tokens" if config.tie_word_embeddings else "head/tokens"]

@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import jax
 
-from jaxserve.distributed import reduce_sum
+from jaxserve.distributed import reduce_terms
 from jaxserve.model.config import MLPSpec
 from jaxserve.model.params import Param, Params
-from jaxserve.quant import linear
-from pallas_kernels.fused_linear import RMSNorm, fused_linear
+from jaxserve.quant import linear, linear_terms
+from pallas_kernels.dispatch import CHOOSE, Kernels
+from pallas_kernels.fused_linear import fused_linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -34,15 +35,20 @@ def declare(spec: MLPSpec, hidden_size: int) -> dict[str, Param]:
     return tree
 
 
-def apply(spec: MLPSpec, params: Params, x: jax.Array, norm: RMSNorm | None) -> jax.Array:
-    """Maps x [T, hidden], normalized first by ``norm``, to [T, hidden]."""
+def apply(
+    spec: MLPSpec,
+    params: Params,
+    x: jax.Array,
+    kernels: Kernels = CHOOSE,
+) -> jax.Array:
+    """Maps x [T, hidden] to terms [S, T, hidden] whose sum is the network's output."""
     if spec.gated and spec.activation == "silu" and not spec.bias:
-        h = fused_linear(x, params["up"], norm=norm, silu_gated=True)
+        h = fused_linear(x, params["up"], silu_gated=True, implementation=kernels.fused_linear)
     else:
-        up = linear(x, params["up"], norm)
+        up = linear(x, params["up"])
         if spec.bias:
             up = up + params["up_bias"]
         activation = ACTIVATIONS[spec.activation]
         h = activation(up[:, 0]) * up[:, 1] if spec.gated else activation(up[:, 0])
-    out = reduce_sum(linear(h, params["down"]))
-    return out + params["down_bias"] if spec.bias else out
+    terms = linear_terms(h, params["down"], kernels.fused_linear)
+    return reduce_terms(terms, params.get("down_bias"))

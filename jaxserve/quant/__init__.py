@@ -7,13 +7,13 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.fused_linear import RMSNorm, fused_linear
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.fused_linear import fused_linear
 
 
 def linear(
     x: jax.Array,
     w: jax.Array,
-    norm: RMSNorm | None = None,
     out_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """Multiplies x [T, inputs...] by a weight [outputs..., inputs...], summed in float32.
@@ -21,7 +21,6 @@ def linear(
     Args:
         x: [T, inputs...], one or more input axes.
         w: its trailing axes are x's input axes.
-        norm: applied to x first; only where it has one input axis.
         out_dtype: dtype of the result; x's by default.
 
     Returns:
@@ -30,20 +29,36 @@ def linear(
     Raises:
         ValueError: the input axes differ.
     """
-    inputs = x.shape[1:]
-    outputs = w.shape[: w.ndim - len(inputs)]
-    if w.shape[len(outputs) :] != inputs:
-        raise ValueError(f"x {x.shape} doesn't fit the weight {w.shape}")
-    # Two dimensions are what matrix-product kernels are tuned for.
-    size = math.prod(inputs)
-    if norm is not None:
-        return fused_linear(x, w.reshape(-1, size), norm=norm).reshape(x.shape[0], *outputs)
+    flat_x, flat_w, outputs = _two_dimensional(x, w)
     y = jax.lax.dot_general(
-        x.reshape(-1, size),
-        w.reshape(-1, size),
+        flat_x,
+        flat_w,
         (((1,), (1,)), ((), ())),
         # Whoever asks for float32 wants it: GPUs would round to TF32, TPUs to bfloat16.
         precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=out_dtype or x.dtype,
     )
     return y.reshape(x.shape[0], *outputs)
+
+
+def linear_terms(
+    x: jax.Array, w: jax.Array, implementation: Implementation | None = None
+) -> jax.Array:
+    """As ``linear``, but terms [S, T, outputs...] whose sum is the product; see ``fused_linear``.
+
+    They are for readers that sum them up on the way: ``rope_kv_write`` and ``add_rms_norm``.
+    """
+    flat_x, flat_w, outputs = _two_dimensional(x, w)
+    y = fused_linear(flat_x, flat_w, partial=True, implementation=implementation)
+    return y.reshape(*y.shape[:2], *outputs)
+
+
+def _two_dimensional(x: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array, tuple[int, ...]]:
+    """x and w with one input axis and one output axis, which is what kernels for matrix products
+    are tuned for; and the shape of the outputs."""
+    inputs = x.shape[1:]
+    outputs = w.shape[: w.ndim - len(inputs)]
+    if w.shape[len(outputs) :] != inputs:
+        raise ValueError(f"x {x.shape} doesn't fit the weight {w.shape}")
+    size = math.prod(inputs)
+    return x.reshape(-1, size), w.reshape(-1, size), outputs

@@ -1,6 +1,5 @@
-"""A linear layer with what stands around it: RMSNorm before, gating or the residual after."""
+"""A matrix product with what stands around it: gating after it, or its sum left unfinished."""
 
 from pallas_kernels.fused_linear.api import IMPLEMENTATIONS, fused_linear
-from pallas_kernels.fused_linear.types import RMSNorm
 
-__all__ = ["IMPLEMENTATIONS", "RMSNorm", "fused_linear"]
+__all__ = ["IMPLEMENTATIONS", "fused_linear"]

@@ -31,12 +31,14 @@ def rope_kv_write(
     v_pages: jax.Array,
     page: jax.Array,
     slot: jax.Array,
+    *,
+    dtype: jnp.dtype,
     interpret: bool = False,
 ) -> Result:
     """See ``api.rope_kv_write``; ``interpret`` runs the kernel on a CPU, slowly."""
     if not interpret and not can_lower_triton():
         raise NotImplementedError("the Triton kernel needs a GPU")
-    tokens, kv_heads, parts, size = qkv.shape
+    _, tokens, kv_heads, parts, size = qkv.shape
     if size % 2 or (cos_sin is not None and 2 * cos_sin[0].shape[1] != size):
         raise NotImplementedError("the Triton kernel rotates whole heads of even size only")
     members = power_of_two(parts)
@@ -52,6 +54,7 @@ def rope_kv_write(
         width=power_of_two(size // 2),
         rotates=cos_sin is not None,
         eps=None if norm is None else norm.eps,
+        dtype=dtype,
     )
     pools = {len(inputs) - 2: 1, len(inputs) - 1: 2}
     q, k_pages, v_pages = pl.pallas_call(
@@ -59,7 +62,7 @@ def rope_kv_write(
         name="rope_kv_write",
         grid=(-(-tokens // block), kv_heads),
         out_shape=[
-            jax.ShapeDtypeStruct((tokens, kv_heads * (parts - 2), size), qkv.dtype),
+            jax.ShapeDtypeStruct((tokens, kv_heads * (parts - 2), size), dtype),
             jax.ShapeDtypeStruct(k_pages.shape, k_pages.dtype),
             jax.ShapeDtypeStruct(v_pages.shape, v_pages.dtype),
         ],
@@ -70,12 +73,15 @@ def rope_kv_write(
     return q, k_pages, v_pages
 
 
-def _kernel(qkv_ref, page_ref, slot_ref, *others, tokens, block, members, width, rotates, eps):
+def _kernel(
+    qkv_ref, page_ref, slot_ref, *others,
+    tokens, block, members, width, rotates, eps, dtype,
+):  # fmt: skip
     refs: list[Any] = list(others)
     cos_sin_refs = [refs.pop(0) for _ in range(2 if rotates else 0)]
     scale_refs = [refs.pop(0) for _ in range(0 if eps is None else 2)]
     _, _, q_ref, k_ref, v_ref = refs
-    parts, size = qkv_ref.shape[2:]
+    terms, _, _, parts, size = qkv_ref.shape
     half, group, rows = size // 2, parts - 2, block * members
 
     head = pl.program_id(1)
@@ -90,10 +96,16 @@ def _kernel(qkv_ref, page_ref, slot_ref, *others, tokens, block, members, width,
     exists = spread(real) & (column < half)
     heads = jnp.full((rows, width), head)
     index = spread(token), heads, spread(member)
-    first = plt.load(qkv_ref.at[*index, column], mask=exists, other=0)
-    second = plt.load(qkv_ref.at[*index, column + half], mask=exists, other=0)
-    dtype, is_value = first.dtype, spread(member == parts - 1)
 
+    def load(columns):
+        total = jnp.zeros((rows, width), jnp.float32)
+        for term in range(terms):
+            place = jnp.full((rows, width), term), *index, columns
+            total += plt.load(qkv_ref.at[place], mask=exists, other=0).astype(jnp.float32)
+        return total.astype(dtype)
+
+    first, second = load(column), load(column + half)
+    is_value = spread(member == parts - 1)
     a, b = first.astype(jnp.float32), second.astype(jnp.float32)
     if eps is not None:
         mean = (jnp.sum(a * a, 1) + jnp.sum(b * b, 1)) / size

@@ -50,9 +50,8 @@ def rotate(x: jax.Array, cos_sin: rope.CosSin) -> jax.Array:
     tokens, heads, size = x.shape
     pages = jnp.zeros((tokens, heads, 1, size), x.dtype)
     places = jnp.arange(tokens), jnp.zeros(tokens, int)
-    q, keys, values = rope_kv_write(
-        jnp.stack([x] * 3, axis=2), cos_sin, None, pages, pages, *places
-    )
+    qkv = jnp.stack([x] * 3, axis=2)[None]
+    q, keys, values = rope_kv_write(qkv, cos_sin, None, pages, pages, *places, dtype=x.dtype)
     np.testing.assert_array_equal(keys[:, :, 0], q)
     np.testing.assert_array_equal(values[:, :, 0], x)
     return q
