@@ -56,9 +56,11 @@ def softmax(logits: np.ndarray) -> np.ndarray:
     return weights / weights.sum(-1, keepdims=True)
 
 
-def kept(stage: Any, logits: np.ndarray, **changes: Any) -> np.ndarray:
-    """Which tokens a truncation keeps; those must be unchanged and the others -inf."""
-    out = np.asarray(jax.jit(stage)(jnp.asarray(logits), inputs_of(len(logits), **changes)))
+def kept(logits: np.ndarray, **changes: Any) -> np.ndarray:
+    """Which tokens the truncations keep; those must be unchanged and the others -inf."""
+    out = np.asarray(
+        jax.jit(stages.truncate)(jnp.asarray(logits), inputs_of(len(logits), **changes))
+    )
     keep = np.isfinite(out)
     np.testing.assert_array_equal(out[keep], logits[keep])
     assert np.isneginf(out[~keep]).all()
@@ -72,12 +74,12 @@ def kept(stage: Any, logits: np.ndarray, **changes: Any) -> np.ndarray:
 def test_top_k_keeps_the_k_likeliest_and_ties_with_the_last(k: int) -> None:
     logits = logits_of(k)
     last = -np.sort(-logits, axis=-1)[:, k - 1 : k]
-    np.testing.assert_array_equal(kept(stages.keep_top_k, logits, top_k=k), logits >= last)
+    np.testing.assert_array_equal(kept(logits, top_k=k), logits >= last)
 
 
 @pytest.mark.parametrize("k", [0, -1, VOCAB, VOCAB + 1, 2**31 - 1])
 def test_top_k_that_is_off_or_too_large_keeps_all(k: int) -> None:
-    assert kept(stages.keep_top_k, logits_of(1), top_k=k).all()
+    assert kept(logits_of(1), top_k=k).all()
 
 
 def top_p_oracle(logits: np.ndarray, top_p: float) -> tuple[np.ndarray, np.ndarray]:
@@ -93,7 +95,7 @@ def top_p_oracle(logits: np.ndarray, top_p: float) -> tuple[np.ndarray, np.ndarr
 @pytest.mark.parametrize("top_p", [1e-6, 0.1, 0.5, 0.9, 0.999])
 def test_top_p_keeps_the_fewest_that_reach_it_and_ties(top_p: float) -> None:
     logits = logits_of(3)
-    keep = kept(stages.keep_top_p, logits, top_p=top_p)
+    keep = kept(logits, top_p=top_p)
     must, may = top_p_oracle(logits, top_p)
     assert keep[must].all()
     assert not keep[~may].any()
@@ -103,23 +105,23 @@ def test_top_p_keeps_the_fewest_that_reach_it_and_ties(top_p: float) -> None:
 def test_the_smallest_top_p_keeps_the_likeliest_token(top_p: float) -> None:
     """Also where float32 has nothing but zero for it."""
     logits = logits_of(4)
-    keep = kept(stages.keep_top_p, logits, top_p=top_p)
+    keep = kept(logits, top_p=top_p)
     np.testing.assert_array_equal(keep, logits == logits.max(-1, keepdims=True))
 
 
 def test_top_p_close_to_one_keeps_nearly_all_and_one_keeps_all() -> None:
     """A flat vocabulary of 100,000 whose float32 sum falls short of 1."""
     logits = np.zeros((1, 100_000), np.float32)
-    assert kept(stages.keep_top_p, logits, top_p=np.nextafter(np.float32(1), np.float32(0))).all()
+    assert kept(logits, top_p=np.nextafter(np.float32(1), np.float32(0))).all()
     logits = logits_of(5)
     logits[:, 3] = -80  # far below what a sum of float32 can see
-    assert kept(stages.keep_top_p, logits, top_p=1.0).all()
+    assert kept(logits, top_p=1.0).all()
 
 
 @pytest.mark.parametrize("min_p", [1e-30, 0.01, 0.2, 0.9, 1.0])
 def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(min_p: float) -> None:
     logits = logits_of(6)
-    keep = kept(stages.keep_min_p, logits, min_p=min_p)
+    keep = kept(logits, min_p=min_p)
     ratio = np.exp(logits.astype(np.float64) - logits.max(-1, keepdims=True))
     assert keep[ratio > min_p * (1 + 1e-5)].all()
     assert not keep[ratio < min_p * (1 - 1e-5)].any()
@@ -129,11 +131,11 @@ def test_min_p_keeps_what_is_likely_enough_beside_the_likeliest(min_p: float) ->
 def test_all_truncations_together_are_one_after_the_other() -> None:
     """min_p first, then top_k, then top_p among what is left."""
     logits = logits_of(7)
-    expected = np.where(kept(stages.keep_min_p, logits, min_p=0.02), logits, -np.inf)
+    expected = np.where(kept(logits, min_p=0.02), logits, -np.inf)
     last = -np.sort(-expected, axis=-1)[:, 7:8]
     expected = np.where(expected >= last, expected, -np.inf)
     must, may = top_p_oracle(expected, 0.8)
-    keep = kept(stages.truncate, logits, min_p=0.02, top_k=8, top_p=0.8)
+    keep = kept(logits, min_p=0.02, top_k=8, top_p=0.8)
     left = np.isfinite(expected)
     assert keep[must & left].all()
     assert not keep[~(may & left)].any()
@@ -142,21 +144,17 @@ def test_all_truncations_together_are_one_after_the_other() -> None:
 def test_each_lane_has_its_own_settings() -> None:
     logits = logits_of(8)
     top_k, top_p = np.arange(LANES) % 5, np.where(np.arange(LANES) % 3, 1.0, 0.6)
-    together = kept(stages.truncate, logits, top_k=top_k, top_p=top_p)
+    together = kept(logits, top_k=top_k, top_p=top_p)
     for lane in range(LANES):
-        alone = kept(stages.truncate, logits[lane : lane + 1], top_k=top_k[lane], top_p=top_p[lane])
+        alone = kept(logits[lane : lane + 1], top_k=top_k[lane], top_p=top_p[lane])
         np.testing.assert_array_equal(together[lane], alone[0])
 
 
 def test_minus_infinity_and_both_zeros() -> None:
     """-0.0 and 0.0 tie; a token that is ruled out already stays so and counts for nothing."""
     logits = np.array([[0.0, -0.0, -np.inf, -1.0]], np.float32)
-    np.testing.assert_array_equal(
-        kept(stages.keep_top_k, logits, top_k=1), [[True, True, False, False]]
-    )
-    np.testing.assert_array_equal(
-        kept(stages.truncate, logits, top_k=3, top_p=0.99), [[True, True, False, True]]
-    )
+    np.testing.assert_array_equal(kept(logits, top_k=1), [[True, True, False, False]])
+    np.testing.assert_array_equal(kept(logits, top_k=3, top_p=0.99), [[True, True, False, True]])
 
 
 # --- what changes values --------------------------------------------------------------------------
@@ -172,9 +170,7 @@ def test_neutral_settings_change_not_one_bit() -> None:
     def all_stages(x: jax.Array) -> jax.Array:
         x = stages.penalize(stages.forbid(x, inputs), jnp.asarray(counts), inputs)
         x = stages.scale_by_temperature(x, inputs)
-        for stage in (*stages.TRUNCATIONS, stages.truncate):
-            x = stage(x, inputs)
-        return x
+        return stages.truncate(x, inputs)
 
     for function in (all_stages, jax.jit(all_stages)):
         np.testing.assert_array_equal(np.asarray(function(jnp.asarray(logits))), logits)
