@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from jaxserve.errors import ConfigError
+from pallas_kernels.dispatch import Kernels
 
 DTYPES = {
     "auto": "auto",
@@ -60,6 +62,8 @@ class EngineConfig:
         max_num_batched_tokens: most tokens that a step computes.
         enforce_eager: compile programs when they are first needed, not at start.
         compilation_cache_dir: where compiled programs are kept between runs.
+        kernel_overrides: op -> "module:function", a kernel of your own to try before ours, for
+            example {"paged_attention": "my_module:my_kernel"}; the engine tests it as it starts.
     """
 
     model: str | None = None
@@ -83,6 +87,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None
     enforce_eager: bool = False
     compilation_cache_dir: str | None = None
+    kernel_overrides: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_gpu_blocks_override"):
@@ -101,6 +106,7 @@ class EngineConfig:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} must be above 0, at most 1."
             )
+        _check_overrides(self.kernel_overrides or {})
 
     def resolve(self, facts: DeviceFacts, model_max_len: int) -> ResolvedConfig:
         """The config with every size that doesn't depend on free memory filled in.
@@ -152,3 +158,16 @@ def _check_positive(name: str, value: Any, optional: bool = False) -> None:
         return
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name}={value!r} must be a positive integer.")
+
+
+def _check_overrides(overrides: Any) -> None:
+    if not isinstance(overrides, dict):
+        raise ConfigError(f"kernel_overrides={overrides!r} must map ops to 'module:function'.")
+    ops = [field.name for field in fields(Kernels)]
+    for op, function in overrides.items():
+        if op not in ops:
+            raise ConfigError(f"kernel_overrides: there is no op {op!r}; use {', '.join(ops)}.")
+        if not isinstance(function, str) or not re.fullmatch(r"\w+(\.\w+)*:\w+", function):
+            raise ConfigError(
+                f"kernel_overrides: {op!r} needs 'module:function', not {function!r}."
+            )

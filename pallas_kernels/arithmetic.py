@@ -12,7 +12,7 @@ def power_of_two(n: int) -> int:
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """RMSNorm over x's last axis, in float32, rounded to x's dtype before it is scaled."""
-    h = x.astype(jnp.float32)
+    """RMSNorm over x's last axis, in float32 or wider, rounded to x's dtype before it is scaled."""
+    h = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + eps)
     return h.astype(x.dtype) * scale

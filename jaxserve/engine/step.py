@@ -22,6 +22,7 @@ from jaxserve.model import decoder, kv_cache
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.kv_cache import KVCache
 from jaxserve.sampling.sample import VARIANTS, SamplerState, Variant, count_tokens, sample
+from pallas_kernels.dispatch import CHOOSE, Kernels
 
 COUNT_PIECE = 512
 """Tokens that one call of ``count_tokens`` enters."""
@@ -58,6 +59,7 @@ class StepPrograms:
         layouts: the buckets' layouts, smallest bucket first.
         num_pages: KV pages, the padding page included.
         max_pages: most pages of a request.
+        kernels: implementations to use in the forward pass.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class StepPrograms:
         layouts: Mapping[Bucket, Layout],
         num_pages: int,
         max_pages: int,
+        kernels: Kernels = CHOOSE,
     ) -> None:
+        self._kernels = kernels
         self._model, self._params, self._mesh, self._layouts = model, params, mesh, layouts
         self._specs = {path: _spec(aval) for path, aval in params.items()}
         vocab_split = self._specs["embed/tokens"] == PartitionSpec(TENSOR, None)
@@ -107,10 +111,11 @@ class StepPrograms:
 
     def _lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
         layout, model, state = self._layouts[bucket], self._model, self.state
+        kernels = self._kernels
 
         def forward(params, cache, page_table, last_token, packed):
             inputs, page_table = batch.unpack_inputs(layout, packed, page_table, last_token)
-            logits, cache = decoder.forward(model, params, cache, inputs)
+            logits, cache = decoder.forward(model, params, cache, inputs, kernels)
             return cache, page_table, logits, packed[: layout.sampling_size]
 
         if self._mesh.size > 1:
