@@ -11,3 +11,29 @@ def can_lower_triton() -> bool:
     if device is not None:
         return device.platform in ("cuda", "gpu")
     return jax.default_backend() == "gpu"
+
+
+def hopper_cores() -> int:
+    """Multiprocessors of the Hopper GPU, real or abstract, that code is traced for.
+
+    Raises:
+        NotImplementedError: it is traced for something else.
+    """
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        hopper = any(name in device.device_kind for name in ("H100", "H200"))
+        if device.platform in ("cuda", "gpu") and hopper:
+            return device.num_cores
+    elif jax.default_backend() == "gpu":
+        device = jax.local_devices()[0]
+        if device.compute_capability == "9.0":
+            return device.core_count
+    raise NotImplementedError("the Mosaic GPU kernels need a Hopper GPU")
+
+
+def can_lower_mosaic_tpu() -> bool:
+    """Whether a Mosaic kernel for TPUs can be part of it: on a TPU, or on an abstract one."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return device.platform == "tpu"
+    return jax.default_backend() == "tpu"

@@ -25,8 +25,9 @@ ARGUMENTS = (*BASICS, "jaxserve.sampling.params", "jaxserve.engine.request")
 TOKENIZERS = ("numpy", "tokenizers", "transformers", "jinja2", "huggingface_hub")
 BRAIN = (
     *ARGUMENTS,
-    *(f"jaxserve.engine.{name}" for name in ("core", "page_allocator", "scheduler", "stats")),
-    *("jaxserve.engine.stop", "numpy"),
+    *(f"jaxserve.engine.{name}" for name in ("core", "decision", "page_allocator", "running")),
+    *(f"jaxserve.engine.{name}" for name in ("scheduler", "stats", "step_size", "stop")),
+    "numpy",
 )
 BODY = (*JAX, *BASICS, "flax", "pallas_kernels")
 MODEL = ("jaxserve.model", "jaxserve.quant", "jaxserve.distributed")
@@ -42,13 +43,14 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "jaxserve.log": (),
     "jaxserve.sampling.params": ("jaxserve.errors",),
     "jaxserve.engine.request": ("jaxserve.errors", "jaxserve.sampling.params"),
-    "jaxserve.config": (*ARGUMENTS, "numpy"),
+    "jaxserve.config": (*ARGUMENTS, "numpy", "pallas_kernels.dispatch"),
     "jaxserve.compat": (*BASICS, "jaxserve.config"),
     "jaxserve.tokenizer": (*ARGUMENTS, *TOKENIZERS),
     "jaxserve.outputs": (*ARGUMENTS, "jaxserve.engine.stop", "jaxserve.tokenizer"),
     "jaxserve.distributed": (*BASICS, *JAX),
     "jaxserve.quant": (*BODY, "jaxserve.quant"),
     "jaxserve.model": (*BODY, *MODEL),
+    "jaxserve.kernels": (*BODY, *MODEL),
     "jaxserve.sampling": (*BODY, "jaxserve.sampling"),
     "jaxserve.engine": BRAIN,
     **dict.fromkeys(DOOR, BEHIND_THE_DOOR),
@@ -59,6 +61,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "jaxserve.cli": ANYTHING,
     "jaxserve.bench": ANYTHING,
     "pallas_kernels": ("jax", "numpy", "pallas_kernels"),
+    "pallas_kernels.lab": ("jax", "numpy", "pallas_kernels", "matplotlib"),
     "converters": (
         *(*JAX, *BASICS, *MODEL, "jaxserve.config", "converters"),
         *("safetensors", "huggingface_hub", "modelscope", "orbax"),

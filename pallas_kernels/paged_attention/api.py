@@ -5,11 +5,14 @@ from __future__ import annotations
 import jax
 
 from pallas_kernels import dispatch
-from pallas_kernels.paged_attention import reference, triton
+from pallas_kernels.dispatch import Implementation
+from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu, reference, triton
 from pallas_kernels.paged_attention.batch import AttentionBatch
 
 IMPLEMENTATIONS = {
+    "mosaic_gpu": mosaic_gpu.paged_attention,
     "triton": triton.paged_attention,
+    "mosaic_tpu": mosaic_tpu.paged_attention,
     "reference": reference.paged_attention,
 }
 
@@ -23,7 +26,7 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T + causal mask) v for each lane of a ragged batch.
 
@@ -35,7 +38,8 @@ def paged_attention(
         batch: the lanes and the plan.
         scale: multiplies the scores.
         sliding_window: a query sees this many tokens, itself included; None for all before it.
-        implementation: a name in ``IMPLEMENTATIONS``; None takes the first that can run.
+        implementation: a name in ``IMPLEMENTATIONS`` or a function of this signature; see
+            ``dispatch.call``. None takes the first that can run.
 
     Returns:
         [T, heads, head_size] in q's dtype; places that no lane owns hold unspecified finite values.

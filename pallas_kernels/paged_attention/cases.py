@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention.batch import AttentionBatch, plan, plan_sizes
+from pallas_kernels.workload import LLAMA_1B, LLAMA_8B, Cost, LayerShape, normal
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,66 @@ CASES = (
     Case("mixed, bfloat16", MIXED, dtype="bfloat16"),
 )
 
+CARRIED = {"q": 0}
+"""Argument -> the output that may take over its buffer."""
+
+
+def of_layer(
+    layer: LayerShape, name: str, lanes: tuple[tuple[int, int], ...], padding: int
+) -> Case:
+    """A batch over a model's layer."""
+    return Case(
+        name,
+        lanes,
+        heads=layer.heads,
+        kv_heads=layer.kv_heads,
+        head_size=layer.head_size,
+        page_size=layer.page_size,
+        sliding_window=layer.sliding_window,
+        dtype=layer.dtype,
+        padding=padding,
+    )
+
+
+def gate_cases(layer: LayerShape) -> tuple[Case, ...]:
+    """Small batches that an implementation must pass before a model with such layers uses it."""
+    return (of_layer(layer, "decode", DECODE, 2), of_layer(layer, "mixed", MIXED, 2))
+
+
+def _spread(lanes: int, low: int, high: int) -> tuple[tuple[int, int], ...]:
+    """Decoding lanes whose lengths are evenly spread on a logarithmic scale."""
+    return tuple((1, round(low * (high / low) ** (i / (lanes - 1)))) for i in range(lanes))
+
+
+BATCHES = {
+    "decode 64x2048": ((1, 2048),) * 64,
+    "decode 256x1024": ((1, 1024),) * 256,
+    "decode 64 of 32..4096": _spread(64, 32, 4096),
+    "decode 1x16384": ((1, 16384),),
+    "decode 8x32768": ((1, 32768),) * 8,
+    "prefill 4x2048": ((2048, 2048),) * 4,
+    "prefill 1x8192": ((8192, 8192),),
+    "chunk of 512 at 4096 + 32x1024": ((512, 4096), *((1, 1024),) * 32),
+}
+VARIANTS = {
+    "head size 96": replace(LLAMA_8B, head_size=96),
+    "head size 256": replace(LLAMA_8B, heads=16, head_size=256),
+    "group 1": replace(LLAMA_8B, heads=8),
+    "group 16": replace(LLAMA_8B, heads=64, kv_heads=4),
+    "page size 32": replace(LLAMA_8B, page_size=32),
+    "page size 64": replace(LLAMA_8B, page_size=64),
+    "window 512": replace(LLAMA_8B, sliding_window=512),
+}
+BENCHMARKS = (
+    *(of_layer(LLAMA_8B, f"8B {name}", lanes, 0) for name, lanes in BATCHES.items()),
+    *(of_layer(LLAMA_1B, f"1B {name}", lanes, 0) for name, lanes in BATCHES.items()),
+    *(
+        of_layer(layer, f"{name}, {batch}", BATCHES[batch], 0)
+        for name, layer in VARIANTS.items()
+        for batch in ("decode 64x2048", "prefill 4x2048")
+    ),
+)
+
 
 def make(case: Case, seed: int, split: bool = True) -> dict:
     """Random arguments of ``paged_attention`` for a case, with NaN-free garbage in unused pages.
@@ -89,16 +150,50 @@ def make(case: Case, seed: int, split: bool = True) -> dict:
         tile_tokens=sizes.tile_tokens,
     )
 
-    def normal(*shape: int) -> jax.Array:
-        return jnp.asarray(rng.standard_normal(shape, np.float32), case.dtype)
-
     pool = (pages, case.kv_heads, case.page_size, case.head_size)
     return {
-        "q": normal(tokens, case.heads, case.head_size),
-        "k_pages": normal(*pool),
-        "v_pages": normal(*pool),
+        "q": normal(rng, (tokens, case.heads, case.head_size), case.dtype),
+        "k_pages": normal(rng, pool, case.dtype),
+        "v_pages": normal(rng, pool, case.dtype),
         "page_table": jnp.asarray(table),
         "batch": batch,
         "scale": case.head_size**-0.5,
         "sliding_window": case.sliding_window,
     }
+
+
+def cost(case: Case) -> Cost:
+    """Every key and value that some query sees is read once, and q and the output once each; two
+    matrix products per visible pair of query and key."""
+    window = case.sliding_window or max(total for _, total in case.lanes)
+    keys = pairs = queries = 0
+    for new, total in case.lanes:
+        queries += new
+        keys += min(total, window + new - 1)
+        seen = np.arange(total - new + 1, total + 1)
+        pairs += int(np.minimum(seen, window).sum())
+    vectors = 2 * queries * case.heads + 2 * keys * case.kv_heads
+    size = jnp.dtype(case.dtype).itemsize
+    return Cost(vectors * case.head_size * size, 4.0 * pairs * case.heads * case.head_size)
+
+
+def specified(case: Case, arguments: dict[str, Any]) -> tuple[np.ndarray | None, ...]:
+    """Per output the places [T] that the op promises: those of the lanes' queries."""
+    owned = np.zeros(arguments["q"].shape[0], bool)
+    starts = np.asarray(arguments["batch"].query_start)
+    for start, (new, _) in zip(starts, case.lanes, strict=False):
+        owned[start : start + new] = True
+    return (owned,)
+
+
+def poison(case: Case, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with NaN where nobody may read: pages and slots behind each lane's last token,
+    the pages of no lane, the padding's page 0."""
+    readable = np.zeros((arguments["k_pages"].shape[0], case.page_size), bool)
+    table, rows = (np.asarray(a) for a in (arguments["page_table"], arguments["batch"].row))
+    for row, (_, total) in zip(rows, case.lanes, strict=False):
+        token = np.arange(total)
+        readable[table[row, token // case.page_size], token % case.page_size] = True
+    ok = jnp.asarray(readable)[:, None, :, None]
+    pools = ("k_pages", "v_pages")
+    return arguments | {name: jnp.where(ok, arguments[name], jnp.nan) for name in pools}

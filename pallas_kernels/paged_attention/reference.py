@@ -1,4 +1,4 @@
-"""Paged attention in jnp, in float32. Runs anywhere; the engine's path on a CPU.
+"""Paged attention in jnp, in float32 or wider. Runs anywhere; the engine's path on a CPU.
 
 Keys are read in chunks of pages up to the longest context that is really there, with a running
 maximum and sum (online softmax, Milakov and Gimelshein 2018), so that the cost follows the data and
@@ -77,13 +77,14 @@ def _attend(
     n, tokens, heads, size = q.shape
     kv_heads, page_size = k_pages.shape[1:3]
     group = heads // kv_heads
-    q = q.reshape(n, tokens, kv_heads, group, size).astype(jnp.float32) * scale
+    wide = jnp.promote_types(q.dtype, jnp.float32)
+    q = q.reshape(n, tokens, kv_heads, group, size).astype(wide) * scale
     chunk_tokens = chunk_pages * page_size
 
     def step(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         values, top, total = carry
         ids = jax.lax.dynamic_slice_in_dim(pages, chunk * chunk_pages, chunk_pages, 1)
-        k, v = (pool[ids].astype(jnp.float32) for pool in (k_pages, v_pages))
+        k, v = (pool[ids].astype(wide) for pool in (k_pages, v_pages))
         key = chunk * chunk_tokens + jnp.arange(chunk_tokens).reshape(chunk_pages, page_size)
         distance = position[:, :, None, None] - key
         seen = distance >= 0
@@ -102,12 +103,12 @@ def _attend(
         return values, new_top, total * shrink + weights.sum((-2, -1))
 
     empty = (
-        jnp.zeros((n, kv_heads, group, tokens, size), jnp.float32),
-        jnp.full((n, kv_heads, group, tokens), MASKED, jnp.float32),
-        jnp.zeros((n, kv_heads, group, tokens), jnp.float32),
+        jnp.zeros((n, kv_heads, group, tokens, size), wide),
+        jnp.full((n, kv_heads, group, tokens), MASKED, wide),
+        jnp.zeros((n, kv_heads, group, tokens), wide),
     )
     last = position.max() + 1
-    first = jnp.int32(0)
+    first = jnp.zeros_like(last)
     if sliding_window is not None:
         furthest = jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max // 2).min()
         first = jnp.maximum(furthest - sliding_window + 1, 0) // chunk_tokens

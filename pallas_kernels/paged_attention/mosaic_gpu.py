@@ -1,0 +1,93 @@
+"""Paged attention for Hopper GPUs: tiles of queries in Pallas with the Mosaic GPU backend.
+
+Lanes with one query are left to the Triton kernel: they are bound by memory, which it saturates.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.lowering import hopper_cores
+from pallas_kernels.paged_attention import mosaic_gpu_prefill
+from pallas_kernels.paged_attention.batch import AttentionBatch
+from pallas_kernels.paged_attention.mosaic_gpu_shape import ROWS, Shape
+from pallas_kernels.paged_attention.triton_decode import decode
+
+LOG2_E = math.log2(math.e)
+INTERPRETED_CORES = 1
+
+
+def paged_attention(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+) -> jax.Array:
+    """See ``api.paged_attention``."""
+    q = prefill(q, k_pages, v_pages, page_table, batch, scale=scale, sliding_window=sliding_window)
+    cache = (k_pages, v_pages, page_table)
+    return decode(q, *cache, batch, scale=scale * LOG2_E, window=sliding_window)
+
+
+def prefill(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    page_table: jax.Array,
+    batch: AttentionBatch,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    interpret: Any = None,
+) -> jax.Array:
+    """q with the queries of the batch's tiles replaced by their attention.
+
+    Args:
+        q, k_pages, v_pages, page_table, batch, scale, sliding_window: see ``api.paged_attention``.
+        interpret: ``InterpretGPUParams`` to run on a CPU, slowly.
+
+    Raises:
+        NotImplementedError: the kernel can't run this case here.
+    """
+    shape = Shape(
+        dtype=q.dtype,
+        heads=q.shape[1],
+        kv_heads=k_pages.shape[1],
+        head_size=q.shape[2],
+        page_size=k_pages.shape[2],
+        table_width=page_table.shape[1],
+        tile_tokens=batch.tile_tokens,
+        scale=scale * LOG2_E,  # exponentials are taken to base 2
+        window=sliding_window,
+        cores=INTERPRETED_CORES if interpret else hopper_cores(),
+        interpret=interpret,
+    )
+    _check(shape, q, k_pages, batch)
+    return mosaic_gpu_prefill.prefill(shape, q, k_pages, v_pages, page_table, batch)
+
+
+def _check(shape: Shape, q: jax.Array, k_pages: jax.Array, batch: AttentionBatch) -> None:
+    """Raises NotImplementedError, with the reason, for what the kernel can't do."""
+    tokens = shape.tile_tokens
+    if not batch.tile_lane.shape[0]:
+        raise NotImplementedError("the Mosaic GPU kernel is for batches with tiles of queries")
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or k_pages.dtype != q.dtype:
+        raise NotImplementedError(
+            f"the Mosaic GPU kernel has no version for q in {q.dtype}, keys in {k_pages.dtype}"
+        )
+    if shape.head_size % 16 or shape.head_size > 256:
+        raise NotImplementedError(f"the copy engine can't lay out heads of {shape.head_size}")
+    if shape.page_size % 8 or shape.keys % shape.page_size:
+        raise NotImplementedError(f"the Mosaic GPU kernel has no pages of {shape.page_size}")
+    if tokens % 8 or tokens & (tokens - 1) or shape.group * tokens > ROWS or tokens > q.shape[0]:
+        raise NotImplementedError(
+            f"tiles of {tokens} tokens x {shape.group} heads don't fit the Mosaic GPU kernel"
+        )
