@@ -7,6 +7,7 @@ from jsonargparse import Namespace
 from jaxserve.cli import (
     bench_latency,
     bench_plot,
+    bench_profile,
     bench_startup,
     bench_sweep,
     bench_throughput,
@@ -21,6 +22,7 @@ COMMANDS = {
     "startup": bench_startup,
     "sweep": bench_sweep,
     "works": bench_works,
+    "profile": bench_profile,
     "plot": bench_plot,
 }
 

@@ -13,6 +13,7 @@ import pytest
 
 from jaxserve.__main__ import main, make_parser
 from jaxserve.bench import startup
+from jaxserve.bench.profile import Kernel, Profile
 from jaxserve.bench.results import Results
 from jaxserve.bench.sweep import VARIED
 from jaxserve.bench.works import SETTINGS, WORKS
@@ -68,7 +69,7 @@ def test_a_shape_is_a_directory_for_random_weights() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give a command: latency, throughput, startup, sweep, works, plot"),
+        ([], "give a command: latency, throughput, startup, sweep, works, profile, plot"),
         (["latency", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["latency", "--num-iters-warmup", "-1"], "--num-iters-warmup must not be negative"),
         (["latency", "--model-shape", "x"], "invalid choice: 'x'"),
@@ -252,3 +253,17 @@ def test_the_documented_commands_are_understood() -> None:
     assert {words[1] for words in commands} == {"plot", "works", "startup", "sweep"}
     for words in commands:
         make_parser().parse_args(words)
+
+
+def test_profile_tells_the_time_of_a_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A CPU's profiler tells no kernels; ``Profile`` adds up those that others tell."""
+    file = tmp_path / "out.json"
+    command = ["bench", "profile", *SMALL, "--rows", "2", "--input-len", "4"]
+    assert main([*command, "--output-json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert result["rows"] == 2 and result["kernels"] == []
+    assert f"2 rows: {result['step_ms']:.3f} ms a step" in capsys.readouterr().out
+    kernels = [Kernel("a", 2, 500.0), Kernel("b", 0.5, 2000.0)]
+    assert Profile(2, 3.0, kernels).busy_ms == 2.0
