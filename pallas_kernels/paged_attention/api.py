@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu, reference, triton
+from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.paged_attention.batch import AttentionBatch
+
+
+def _triton() -> Callable[..., jax.Array]:
+    """The Triton implementation, or where JAX lacks that backend, which it has deprecated, one that
+    runs no case."""
+    try:
+        from pallas_kernels.paged_attention import triton
+    except ImportError:
+
+        def refuse(*args: Any, **kwargs: Any) -> jax.Array:
+            raise NotImplementedError("this JAX has no Triton backend")
+
+        return refuse
+    return triton.paged_attention
+
 
 IMPLEMENTATIONS = {
     "mosaic_gpu": mosaic_gpu.paged_attention,
-    "triton": triton.paged_attention,
+    "triton": _triton(),
+    "mosaic_gpu_only": mosaic_gpu.paged_attention_mosaic_only,
     "mosaic_tpu": mosaic_tpu.paged_attention,
     "reference": reference.paged_attention,
 }
