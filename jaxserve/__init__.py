@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams
     from jaxserve.config import EngineConfig
     from jaxserve.errors import (
         CheckpointError,
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from jaxserve.llm import LLM
-    from jaxserve.outputs import CompletionOutput, RequestOutput
+    from jaxserve.outputs import CompletionOutput, EmbeddingRequestOutput, RequestOutput
     from jaxserve.sampling.params import SamplingParams
 
 __version__ = "0.1.0"
@@ -31,6 +32,9 @@ _HOME = {
     "EngineConfig": "jaxserve.config",
     "RequestOutput": "jaxserve.outputs",
     "CompletionOutput": "jaxserve.outputs",
+    "EmbeddingRequestOutput": "jaxserve.outputs",
+    "BeamSearchParams": "jaxserve.beam_search",
+    "BeamSearchOutput": "jaxserve.beam_search",
     "JaxserveError": "jaxserve.errors",
     "InvalidRequestError": "jaxserve.errors",
     "ConfigError": "jaxserve.errors",
@@ -42,9 +46,12 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
     "CheckpointError",
     "CompletionOutput",
     "ConfigError",
+    "EmbeddingRequestOutput",
     "EngineClosedError",
     "EngineConfig",
     "InvalidRequestError",

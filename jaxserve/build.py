@@ -155,18 +155,18 @@ def start_compiling(built: Built) -> None:
         built.runner.programs.start()
 
 
-def load_weights(built: Built, use_tqdm: bool) -> None:
-    """Loads the weights and gives them to the runner.
+def load_weights(built: Built, use_tqdm: bool, watch: Progress | None = None) -> None:
+    """Loads the weights and gives them to the runner; ``watch`` hears of (bytes done, of total).
 
     Raises:
         CheckpointError: they can't be read.
     """
-    with _loading_bar(use_tqdm) as progress:
+    with _loading_bar(use_tqdm, watch) as progress:
         built.runner.set_params(jax.block_until_ready(built.load(progress)))
 
 
 @contextlib.contextmanager
-def _loading_bar(use_tqdm: bool) -> Iterator[Progress]:
+def _loading_bar(use_tqdm: bool, watch: Progress | None) -> Iterator[Progress]:
     with tqdm(
         desc="Loading weights", unit="B", unit_scale=True, disable=not use_tqdm, leave=False
     ) as bar:
@@ -174,12 +174,17 @@ def _loading_bar(use_tqdm: bool) -> Iterator[Progress]:
         def progress(done: int, total: int) -> None:
             bar.total = total
             bar.update(done - bar.n)
+            if watch is not None:
+                watch(done, total)
 
         yield progress
 
 
-def warm_up(built: Built, wait_for_all: bool, use_tqdm: bool) -> None:
+def warm_up(
+    built: Built, wait_for_all: bool, use_tqdm: bool, watch: Progress | None = None
+) -> None:
     """Compiles the programs, or waits for those that are being compiled; see ``Runner.warm_up``.
+    ``watch`` hears of (programs done, of total).
 
     Accelerators always wait for all: XLA tries out kernels there, which takes memory that the KV
     cache will fill.
@@ -195,6 +200,8 @@ def warm_up(built: Built, wait_for_all: bool, use_tqdm: bool) -> None:
             hits = compile_events()["cache_hits"] - hits_before
             bar.set_postfix_str(f"{hits} from the cache", refresh=False)
             bar.update(done - bar.n)
+            if watch is not None:
+                watch(done, total)
 
         runner.warm_up(wait_for_all, progress)
         if wait_for_all and runner.programs.temp_bytes > memory.activations:

@@ -12,18 +12,30 @@ from tqdm.auto import tqdm
 
 from converters import open_checkpoint
 from jaxserve import build, compat, log
+from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import Engine
 from jaxserve.engine.programs import Programs
-from jaxserve.engine.request import FinishReason
+from jaxserve.engine.request import FinishReason, Pooling, Request
 from jaxserve.engine.stats import Stats
 from jaxserve.engine.timeline import Timeline
-from jaxserve.errors import ConfigError, EngineClosedError, InvalidRequestError
-from jaxserve.outputs import Generation, RequestOutput
+from jaxserve.errors import (
+    ConfigError,
+    EngineClosedError,
+    InvalidRequestError,
+    RequestFailedError,
+)
+from jaxserve.outputs import (
+    EmbeddingOutput,
+    EmbeddingRequestOutput,
+    Generation,
+    RequestOutput,
+    completion_params,
+)
+from jaxserve.prompts import Prompt, as_list, parse, priorities
 from jaxserve.sampling.params import SamplingParams
 from jaxserve.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int] | dict[str, Any]
 Message = dict[str, Any]
 Warmup = str
 OnText = Callable[[RequestOutput, str], None]
@@ -123,6 +135,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
         on_text: OnText | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts; returns one output per prompt, in their order.
@@ -132,28 +145,88 @@ class LLM:
                 optionally "cache_salt".
             sampling_params: for all, or one per prompt; the model's own defaults if None.
             use_tqdm: show progress.
+            priority: of each prompt; lower ones get their turn first. 0 for all by default.
             on_text: called with an output and its first completion's new text as it comes.
 
         Raises:
             InvalidRequestError: a prompt can't be served; nothing was generated then.
         """
         engine = self._running_engine()
-        items = _as_list(prompts)
+        items = as_list(prompts)
         params = self._params_for(sampling_params, len(items))
         outputs: list[RequestOutput] = []
         generations: dict[str, tuple[Generation, RequestOutput]] = {}
         try:
-            for item, one in zip(items, params):
-                output = self._add(item, one, generations)
+            for item, one, rank in zip(items, params, priorities(priority, len(items))):
+                output = self._add(item, one, rank, generations)
                 outputs.append(output)
             self._run(engine, generations, use_tqdm, on_text)
         finally:
-            # After an error or Ctrl-C, nothing of this call may stay behind in the engine.
-            for request_id in generations:
-                engine.abort(request_id)
-            while engine.has_unfinished_requests:
-                engine.step()
+            _clear(engine, generations)
         return outputs
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """Searches for the likeliest continuations of each prompt; see BeamSearchParams.
+
+        Raises:
+            InvalidRequestError: a prompt can't be served.
+        """
+        engine = self._running_engine()
+
+        def generate(beams: list[Any], settings: SamplingParams) -> list[RequestOutput]:
+            return self.generate(beams, settings, use_tqdm=use_tqdm)
+
+        parsed = [parse(prompt, self._tokenizer)[1:] for prompt in as_list(prompts)]
+        limit, ends = engine.max_model_len, engine.eos_token_ids
+        outputs = beam_search(parsed, params, generate, limit, ends)
+        if self._tokenizer is not None:
+            for sequence in (sequence for output in outputs for sequence in output.sequences):
+                sequence.text = self._tokenizer.decode(sequence.tokens)
+        return outputs
+
+    def embed(
+        self, prompts: Prompt | Sequence[Prompt], *, pooling: Pooling = "last"
+    ) -> list[EmbeddingRequestOutput]:
+        """Vectors of length 1 for prompts, in their order.
+
+        They are made of the model's final hidden states, whatever decoder it is; one that was
+        trained for embeddings gives better ones. The first call waits until the programs for it are
+        compiled.
+
+        Args:
+            prompts: as for ``generate``.
+            pooling: "last" takes the last token's state, "mean" the mean of all tokens'.
+
+        Raises:
+            InvalidRequestError: a prompt can't be served.
+            RequestFailedError: a prompt's hidden states are no numbers.
+        """
+        engine = self._running_engine()
+        requests: dict[str, Request] = {}
+        vectors: dict[str, list[float]] = {}
+        try:
+            for prompt in as_list(prompts):
+                _, ids, salt = parse(prompt, self._tokenizer)
+                request_id = self._next_name()
+                requests[request_id] = engine.embed(request_id, ids, pooling, salt)
+            while len(vectors) < len(requests):
+                for update in engine.step():
+                    if update.finish_reason is FinishReason.ERROR:
+                        raise RequestFailedError("The model gave numbers that are none.")
+                    vectors[update.request.request_id] = update.embedding.tolist()
+        finally:
+            _clear(engine, requests)
+        return [
+            EmbeddingRequestOutput(
+                name,
+                EmbeddingOutput(vectors[name]),
+                request.token_ids,
+                request.num_cached_tokens or 0,
+            )
+            for name, request in requests.items()
+        ]
 
     def chat(
         self,
@@ -264,44 +337,35 @@ class LLM:
         self,
         prompt: Prompt,
         params: SamplingParams,
+        priority: int,
         generations: dict[str, tuple[Generation, RequestOutput]],
     ) -> RequestOutput:
         """Admits a prompt's n completions and enters them into ``generations``."""
         engine = self._running_engine()
-        text, ids, salt = self._parse(prompt)
+        text, ids, salt = parse(prompt, self._tokenizer)
         if self._tokenizer is None and params.stop:
             raise InvalidRequestError("stop strings need a tokenizer; use stop_token_ids.", "stop")
-        name = str(self._num_requests)
-        self._num_requests += 1
+        if self._tokenizer is not None and params.bad_words:
+            sequences = self._tokenizer.bad_words(params.bad_words)
+            own = params.bad_words_token_ids or ()
+            params = params.replace(bad_words_token_ids=[*own, *sequences])
+        ids = params.truncated(ids, engine.max_model_len)
+        name = self._next_name()
         output = RequestOutput(name, text, ids, [])
         for index in range(params.n):
-            seed = None if params.seed is None else _next_seed(params.seed, index)
             request_id = f"{name}-{index}"
-            request = engine.add(request_id, ids, params.replace(seed=seed), salt)
-            generation = Generation(request, index, self._tokenizer, engine.eos_token_ids)
+            one = completion_params(params, index)
+            if index > 0:
+                one = one.replace(prompt_logprobs=None)  # all have the same prompt
+            engine.add(request_id, ids, one, salt, priority)
+            generation = Generation(params, ids, index, self._tokenizer, engine.eos_token_ids)
             output.outputs.append(generation.output)
             generations[request_id] = generation, output
         return output
 
-    def _parse(self, prompt: Prompt) -> tuple[str | None, list[int], str]:
-        """(text, token ids, cache salt) of a prompt in any of its forms."""
-        text, ids, salt = None, None, ""
-        if isinstance(prompt, str):
-            text = prompt
-        elif isinstance(prompt, dict):
-            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
-            salt = prompt.get("cache_salt", "")
-        else:
-            ids = prompt
-        if ids is None and isinstance(text, str):
-            if self._tokenizer is None:
-                message = "Without a tokenizer a prompt must be a list of token ids."
-                raise InvalidRequestError(message, "prompt")
-            ids = self._tokenizer.encode(text)
-        if not isinstance(ids, Sequence):
-            message = 'A prompt is a text, a list of token ids, or {"prompt": ...}.'
-            raise InvalidRequestError(message, "prompt")
-        return text, list(ids), salt
+    def _next_name(self) -> str:
+        self._num_requests += 1
+        return str(self._num_requests - 1)
 
     def _run(
         self,
@@ -321,6 +385,9 @@ class LLM:
                     if generation.output.finished():
                         continue  # a stop string ended it; these are surplus tokens
                     text = ""
+                    if update.prompt_logprobs is not None:
+                        shown = map(generation.shown, update.prompt_logprobs)
+                        output.prompt_logprobs = [None, *shown]
                     if update.token_id is not None:
                         tokens += 1
                         stops = update.finish_reason is FinishReason.STOP
@@ -328,7 +395,7 @@ class LLM:
                     if generation.output.finished():
                         engine.abort(update.request.request_id, FinishReason.STOP)
                     elif update.finish_reason is not None:
-                        text += generation.finish(update.finish_reason)
+                        text += generation.finish(update.finish_reason, update.request.stop_reason)
                     if on_text is not None and generation.output.index == 0:
                         on_text(output, text)
                     if generation.output.finished():
@@ -340,17 +407,9 @@ class LLM:
                         bar.update()
 
 
-def _next_seed(seed: int, index: int) -> int:
-    """``seed + index``, or another seed where that is -1 (which means none) or beyond 64 bits."""
-    next_seed = seed + index
-    return next_seed if -1 != next_seed < 2**63 else next_seed % 2**63
-
-
-def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list."""
-    if isinstance(prompts, str | dict) or not isinstance(prompts, Iterable):
-        return [prompts]
-    items: list[Any] = list(prompts)
-    if items and isinstance(items[0], int):
-        return [items]
-    return items
+def _clear(engine: Engine, request_ids: Iterable[str]) -> None:
+    """Ends what an error or Ctrl-C may have left of a call, and waits until its steps are over."""
+    for request_id in request_ids:
+        engine.abort(request_id)
+    while engine.has_unfinished_requests:
+        engine.step()

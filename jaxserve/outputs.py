@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jaxserve.engine.request import FinishReason, Request, TokenLogprobs
+from jaxserve.engine.request import FinishReason, TokenLogprobs
 from jaxserve.engine.stop import StopStrings
+from jaxserve.sampling.params import SamplingParams
 from jaxserve.tokenizer import TextStream, Tokenizer
 
 
@@ -57,6 +58,7 @@ class RequestOutput:
         outputs: n completions.
         finished: whether all have ended.
         num_cached_tokens: prompt tokens that the prefix cache spared.
+        prompt_logprobs: per prompt token {token id: Logprob}, None for the first, if asked for.
     """
 
     request_id: str
@@ -65,13 +67,46 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool = False
     num_cached_tokens: int | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingOutput:
+    """A prompt's vector, of length 1."""
+
+    embedding: list[float]
+
+    @property
+    def hidden_size(self) -> int:
+        """How many numbers it has."""
+        return len(self.embedding)
+
+
+@dataclass(frozen=True)
+class EmbeddingRequestOutput:
+    """The embedding of one prompt.
+
+    Attributes:
+        request_id: the request's.
+        outputs: the embedding.
+        prompt_token_ids: what it is of.
+        num_cached_tokens: prompt tokens that the prefix cache spared.
+        finished: always True.
+    """
+
+    request_id: str
+    outputs: EmbeddingOutput
+    prompt_token_ids: list[int]
+    num_cached_tokens: int
+    finished: bool = True
 
 
 class Generation:
     """One completion as it grows: detokenizes, watches for stop strings, gathers log-probabilities.
 
     Args:
-        request: the engine's.
+        params: what was asked for.
+        prompt_token_ids: the tokens that the output follows.
         index: among the prompt's completions.
         tokenizer: None gives token ids only.
         eos_token_ids: ends that give no ``stop_reason``.
@@ -79,19 +114,19 @@ class Generation:
 
     def __init__(
         self,
-        request: Request,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
         index: int,
         tokenizer: Tokenizer | None,
         eos_token_ids: tuple[int, ...],
     ) -> None:
-        self.request = request
         self.output = CompletionOutput(index)
+        self._params = params
         self._eos = eos_token_ids
         self._tokenizer = tokenizer
-        params = request.params
         self._stream: TextStream | None = None
         if tokenizer is not None and params.detokenize:
-            self._stream = tokenizer.stream(request.token_ids, params.skip_special_tokens)
+            self._stream = tokenizer.stream(prompt_token_ids, params.skip_special_tokens)
         self._stop = StopStrings(params.stop or (), params.include_stop_str_in_output)
         if params.logprobs is not None:
             self.output.logprobs, self.output.cumulative_logprob = [], 0.0
@@ -107,7 +142,7 @@ class Generation:
         self.output.token_ids.append(token_id)
         if logprobs is not None:
             self._append_logprobs(logprobs)
-        params = self.request.params
+        params = self._params
         if self._stream is None or (stops and not params.include_stop_str_in_output):
             return ""
         text = self._stream.feed(token_id)
@@ -119,9 +154,16 @@ class Generation:
         self.output.text += text
         return text
 
-    def finish(self, reason: FinishReason) -> str:
-        """Ends the output as the engine says, unless a stop string ended it already; returns the
-        text that was still held back."""
+    def finish(self, reason: FinishReason, stop_reason: int | None = None) -> str:
+        """Ends the output as the engine says, unless a stop string ended it already.
+
+        Args:
+            reason: the engine's.
+            stop_reason: the token id that ended it, if one did.
+
+        Returns:
+            The text that was still held back.
+        """
         if self.output.finish_reason is not None:
             return ""
         text = ""
@@ -129,21 +171,31 @@ class Generation:
             text = self._stop.feed(self._stream.flush()) + self._stop.flush()
         self.output.text += text
         self.output.finish_reason = str(reason)
-        stop = self.request.stop_reason
-        self.output.stop_reason = None if stop in self._eos else stop
+        self.output.stop_reason = None if stop_reason in self._eos else stop_reason
         return text
 
     def _append_logprobs(self, logprobs: TokenLogprobs) -> None:
         assert self.output.logprobs is not None and self.output.cumulative_logprob is not None
-        entries = dict(self._entries(logprobs))
-        self.output.logprobs.append(entries)
+        self.output.logprobs.append(self.shown(logprobs))
         self.output.cumulative_logprob += logprobs.logprob
 
-    def _entries(self, logprobs: TokenLogprobs) -> Iterator[tuple[int, Logprob]]:
-        def show(token_id: int) -> str | None:
-            return None if self._tokenizer is None else self._tokenizer.token(token_id)
+    def shown(self, logprobs: TokenLogprobs) -> dict[int, Logprob]:
+        """One position's log-probabilities with their tokens as text: the likeliest first, and the
+        chosen one at the end if it isn't among them."""
+        entries = [(*top, rank) for rank, top in enumerate(logprobs.top, start=1)]
+        entries.append((logprobs.token_id, logprobs.logprob, logprobs.rank))
+        return {
+            token_id: Logprob(
+                logprob, rank, None if self._tokenizer is None else self._tokenizer.token(token_id)
+            )
+            for token_id, logprob, rank in entries
+        }
 
-        for rank, (token_id, logprob) in enumerate(logprobs.top, start=1):
-            yield token_id, Logprob(logprob, rank, show(token_id))
-        chosen = logprobs.token_id
-        yield chosen, Logprob(logprobs.logprob, logprobs.rank, show(chosen))
+
+def completion_params(params: SamplingParams, index: int) -> SamplingParams:
+    """The params of one of a prompt's ``params.n`` completions: its own seed, if there is one."""
+    if params.seed is None:
+        return params
+    seed = params.seed + index
+    # -1 means no seed, and seeds have 64 bits.
+    return params.replace(seed=seed if -1 != seed < 2**63 else seed % 2**63)

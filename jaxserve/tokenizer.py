@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxserve.errors import CheckpointError, InvalidRequestError
+from jaxserve.sampling.checks import MAX_BAD_WORD_TOKENS
 
 REPLACEMENT = "\ufffd"
 """What decoders give for bytes that are no whole character (yet)."""
@@ -55,6 +56,31 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """One token as text, for showing log-probabilities."""
         return str(self.hf.decode([token_id], skip_special_tokens=False))
+
+    def bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+        """The token sequences for ``SamplingParams.bad_words_token_ids``: each word as it begins a
+        text, and as it follows a space unless that ends with the same tokens. (vLLM leaves out the
+        latter also where the numbers of tokens differ, and so lets many words through.)
+
+        Raises:
+            InvalidRequestError: a word has more tokens than can be watched for.
+        """
+        sequences = []
+        for word in words:
+            bare, spaced = (
+                tuple(self.encode(prefix + word.lstrip(), add_special_tokens=False))
+                for prefix in ("", " ")
+            )
+            forms = [bare] if spaced[-len(bare) :] == bare else [bare, spaced]
+            sequences += forms
+            most = max(map(len, forms))
+            if most > MAX_BAD_WORD_TOKENS:
+                raise InvalidRequestError(
+                    f"bad_words: {word!r} has {most} tokens; at most {MAX_BAD_WORD_TOKENS} can be "
+                    "watched for.",
+                    "bad_words",
+                )
+        return tuple(filter(None, sequences))
 
     def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> str:
         """The prompt text of a conversation.

@@ -34,7 +34,7 @@ FLOAT_WORDS = (
 )
 """Sampling settings that travel as the bits of a float32."""
 
-SETTINGS = (*FLOAT_WORDS, "top_k", "seed_high", "seed_low")
+SETTINGS = (*FLOAT_WORDS, "top_k", "seed_high", "seed_low", "edited")
 """The words of a row's sampling settings."""
 
 Fields = dict[str, tuple[int, ...]]
@@ -149,6 +149,7 @@ class Packer:
         self._settings = np.zeros((len(SETTINGS), rows), np.int32)
         self._variant = np.zeros(rows, np.int32)
         self._min_tokens = np.zeros(rows, np.int32)
+        self._reads_prompt = np.zeros(rows, bool)
         self._forbidden = np.zeros((rows, MAX_FORBIDDEN), np.int32)
 
     def enter_new_rows(self, decision: Decision) -> None:
@@ -159,6 +160,10 @@ class Packer:
     def variant(self, decision: Decision) -> Variant:
         """The least sampler that does what every request of a step asks."""
         return VARIANTS[self._variant[decision.row].max()]
+
+    def lanes_that_read_prompts(self, decision: Decision) -> np.ndarray:
+        """Lanes, int32 [n], whose requests asked for something of their prompt's hidden states."""
+        return self._reads_prompt[decision.row].nonzero()[0]
 
     def pack(self, layout: Layout, decision: Decision, table_updates: np.ndarray) -> np.ndarray:
         """The packed array int32 [layout.size] of a decision that fits the layout's bucket.
@@ -200,9 +205,11 @@ class Packer:
         params = request.params
         floats = np.array([getattr(params, name) for name in FLOAT_WORDS], np.float32)
         seed = np.array([request.seed >> 32, request.seed & 0xFFFFFFFF], np.uint32)
-        self._settings[:, row] = [*floats.view(np.int32), params.top_k, *seed.view(np.int32)]
+        words = floats.view(np.int32), params.top_k, seed.view(np.int32), params.has_edits
+        self._settings[:, row] = np.hstack(words)
         self._variant[row] = VARIANTS.index(_variant(params))
         self._min_tokens[row] = params.min_tokens
+        self._reads_prompt[row] = request.reads_prompt
         # One that finds no place may be chosen, but doesn't end the output either.
         ids = sorted(request.stop_token_ids)[:MAX_FORBIDDEN]
         self._forbidden[row] = ids + [-1] * (MAX_FORBIDDEN - len(ids))
@@ -210,8 +217,8 @@ class Packer:
 
 def _variant(params: SamplingParams) -> Variant:
     """The least sampler that does what a request asks."""
-    if params.logprobs is not None:
-        return "logprobs"
+    if params.logprobs is not None or params.has_edits:
+        return "full"
     plain = params.greedy and not params.has_penalties and not params.min_tokens
     return "greedy" if plain else "sample"
 
@@ -267,11 +274,13 @@ def unpack_sampling(layout: Layout, words: jax.Array) -> SamplingInputs:
     fields = split_fields(words, layout.sampling_fields)
     settings = dict(zip(SETTINGS, fields["settings"]))
     seed = jnp.stack([settings["seed_high"], settings["seed_low"]], axis=1)
+    row = fields["sample_row"]
     return SamplingInputs(
-        row=fields["sample_row"],
+        row=row,
         output_index=fields["output_index"],
         top_k=settings["top_k"],
         seed=jax.lax.bitcast_convert_type(seed, jnp.uint32),
         forbidden=fields["forbidden"],
+        edited=jnp.where(settings["edited"] > 0, row, layout.rows),
         **{name: jax.lax.bitcast_convert_type(settings[name], jnp.float32) for name in FLOAT_WORDS},
     )

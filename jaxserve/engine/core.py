@@ -1,6 +1,10 @@
 """Engine: admits requests and carries out one step after the other, ahead of the device.
 
 add → scheduler.schedule → runner.dispatch → (one step later) runner.collect → scheduler.update
+
+A step that fails on the device takes the KV pages with it, since they are donated to each step. But
+requests hold their tokens and the keys of their random numbers, so everything can be computed anew
+and the same tokens come out.
 """
 
 from __future__ import annotations
@@ -10,8 +14,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from jaxserve import log
+from jaxserve.engine.admission import Limits
 from jaxserve.engine.decision import Decision, StepResult
-from jaxserve.engine.request import FinishReason, Request, RequestUpdate
+from jaxserve.engine.request import FinishReason, Pooling, Request, RequestUpdate
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.errors import ConfigError, EngineClosedError, InvalidRequestError
 from jaxserve.sampling.params import SamplingParams
@@ -25,6 +31,9 @@ class Runner(Protocol):
 
     def collect(self, handle: Any) -> StepResult:
         """Waits for a dispatched step; what it chose."""
+
+    def allocate(self) -> None:
+        """Makes the device state anew, empty; steps under way are never collected."""
 
     def close(self) -> None:
         """Frees what the runner holds."""
@@ -45,6 +54,8 @@ class Engine:
             hides the host's work between steps; two also hide the launching of a step, which takes
             about as long as a small model's step on a GPU. Each costs a request that ends one
             surplus token.
+        max_failures: so many failed steps with no token between them are an error for the owner;
+            fewer are recovered from.
 
     Raises:
         ConfigError: the pages can't hold one sequence of ``max_model_len`` tokens, so a request
@@ -62,6 +73,7 @@ class Engine:
         dynamic_rope_len: int | None = None,
         seed: int = 0,
         run_ahead: int = 1,
+        max_failures: int = 3,
     ) -> None:
         allocator = scheduler.allocator
         needed = allocator.pages_for(max_model_len)
@@ -73,6 +85,7 @@ class Engine:
             )
         self.scheduler = scheduler
         self.stats = scheduler.stats
+        self.limits = Limits(max_model_len, vocab_size)
         self.max_model_len = max_model_len
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
@@ -82,6 +95,8 @@ class Engine:
         self._runner: Runner | None = runner
         self._in_flight: deque[tuple[Decision, Any]] = deque()
         self._run_ahead = run_ahead
+        self._max_failures = max_failures
+        self._num_failures = 0
 
     @property
     def has_unfinished_requests(self) -> bool:
@@ -94,20 +109,58 @@ class Engine:
         prompt_token_ids: Sequence[int],
         params: SamplingParams,
         cache_salt: str = "",
+        priority: int = 0,
     ) -> Request:
         """Admits one generation (``params.n`` is the caller's business).
+
+        Args:
+            priority: requests with lower numbers get their turn first and lose it last.
 
         Raises:
             InvalidRequestError: it could not be served, now or ever; says why.
             EngineClosedError: the engine was closed.
         """
+        return self._admit(request_id, prompt_token_ids, params, cache_salt, priority, None)
+
+    def embed(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        pooling: Pooling = "last",
+        cache_salt: str = "",
+        priority: int = 0,
+    ) -> Request:
+        """Admits a request for a prompt's embedding, which its only update will bring: the final
+        hidden state of the last token, or the mean of all, scaled to length 1.
+
+        Raises:
+            InvalidRequestError, EngineClosedError: as ``add``.
+        """
+        if pooling not in ("last", "mean"):
+            raise InvalidRequestError(f'pooling={pooling!r} must be "last" or "mean".', "pooling")
+        params = SamplingParams(temperature=0, max_tokens=1, ignore_eos=True)
+        return self._admit(request_id, prompt_token_ids, params, cache_salt, priority, pooling)
+
+    def _admit(
+        self,
+        request_id: str,
+        prompt_token_ids: Sequence[int],
+        params: SamplingParams,
+        cache_salt: str,
+        priority: int,
+        pooling: Pooling | None,
+    ) -> Request:
         if self._runner is None:
             raise EngineClosedError("this engine was closed; make a new one")
         if request_id in self.scheduler.requests:
             message = f"request_id {request_id!r} is already running."
             raise InvalidRequestError(message, param="request_id")
-        prompt = self._checked_prompt(prompt_token_ids)
-        self._check_token_ids("stop_token_ids", params.stop_token_ids or ())
+        prompt = list(prompt_token_ids)
+        self.limits.check_prompt(prompt)
+        self.limits.check_params(params)
+        if type(priority) is not int:
+            message = f"priority must be an integer, got {priority!r}."
+            raise InvalidRequestError(message, "priority")
         room = self.max_model_len - len(prompt)
         seed = params.seed
         if seed is None:
@@ -123,6 +176,8 @@ class Engine:
             stop_token_ids=stop if params.ignore_eos else stop | frozenset(self.eos_token_ids),
             seed=seed & (2**64 - 1),
             cache_salt=self._salt(cache_salt, len(prompt)),
+            priority=priority,
+            pooling=pooling,
         )
         self.scheduler.add(request)
         return request
@@ -135,21 +190,46 @@ class Engine:
         """Starts the next step, then waits for the one ``run_ahead`` steps before it.
 
         Returns:
-            The news of that earlier step; empty while the first steps run.
+            The news of that earlier step; empty while the first steps run, and after a failure.
+
+        Raises:
+            Exception: what the runner raised, if that is the ``max_failures``-th time in a row.
+                The requests are still there and the next step begins them anew.
         """
-        if self._runner is None:
+        runner = self._runner
+        if runner is None:
             raise EngineClosedError("this engine was closed; make a new one")
         decision = self.scheduler.schedule()
-        if decision.requests:
-            self._in_flight.append((decision, self._runner.dispatch(decision)))
-            if len(self._in_flight) <= self._run_ahead:
-                return []
-        elif not self._in_flight:
+        if not decision.requests and not self._in_flight:
             if self.scheduler.requests:
                 raise RuntimeError("no request can be scheduled and none is running")
             return []
-        finished, handle = self._in_flight.popleft()
-        return self.scheduler.update(finished, self._runner.collect(handle))
+        try:
+            if decision.requests:
+                self._in_flight.append((decision, runner.dispatch(decision)))
+                if len(self._in_flight) <= self._run_ahead:
+                    return []
+            finished, handle = self._in_flight.popleft()
+            result = runner.collect(handle)
+        except Exception as error:
+            self._recover(runner, error)
+            return []
+        updates = self.scheduler.update(finished, result)
+        if updates:
+            self._num_failures = 0
+        return updates
+
+    def _recover(self, runner: Runner, error: Exception) -> None:
+        """After a failed step: new device state, and all that ran waits with the tokens it has."""
+        self._in_flight.clear()
+        self.scheduler.restart()
+        runner.allocate()
+        self._num_failures += 1
+        if self._num_failures >= self._max_failures:
+            self._num_failures = 0
+            raise error
+        self.stats.recoveries += 1
+        log.logger.warning("a step failed; all requests are computed anew.", exc_info=error)
 
     def close(self) -> None:
         """Aborts all requests and frees the device's memory. Safe to call twice."""
@@ -159,30 +239,6 @@ class Engine:
         if self._runner is not None:
             self._runner.close()
             self._runner = None
-
-    def _checked_prompt(self, prompt_token_ids: Sequence[int]) -> list[int]:
-        prompt = list(prompt_token_ids)
-        if not prompt:
-            raise InvalidRequestError("The prompt is empty; give at least one token.", "prompt")
-        if len(prompt) >= self.max_model_len:
-            raise InvalidRequestError(
-                f"The prompt has {len(prompt)} tokens, but max_model_len is {self.max_model_len} "
-                "and at least one must be left for the output. Shorten the prompt or raise "
-                "max_model_len.",
-                "prompt",
-            )
-        self._check_token_ids("prompt", prompt)
-        return prompt
-
-    def _check_token_ids(self, param: str, ids: Sequence[int]) -> None:
-        """Out-of-range ids must not reach the device: gathers there clamp or wrap in silence."""
-        for token in ids:
-            if type(token) is not int or not 0 <= token < self.vocab_size:  # bools are no ids
-                raise InvalidRequestError(
-                    f"{param} holds {token!r}; token ids are integers from 0 to "
-                    f"{self.vocab_size - 1}.",
-                    param,
-                )
 
     def _salt(self, cache_salt: str, prompt_len: int) -> bytes:
         """Hashed, so that no salt can be made to look like a page's hash, or like another salt."""

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxserve.engine.request import Request, TokenLogprobs
+from jaxserve.engine.request import PromptRead, Request, TokenLogprobs
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,9 @@ class StepResult(NamedTuple):
         token_ids: [n]; -1 says that the lane's logits were bad (NaN, or nothing left to choose).
             Without meaning where a lane samples nothing.
         logprobs: [n], None for who didn't ask; None instead if nobody did.
+        prompt_reads: what was found out about prompts, for who asked.
     """
 
     token_ids: Sequence[int]
     logprobs: Sequence[TokenLogprobs | None] | None = None
+    prompt_reads: Sequence[tuple[Request, PromptRead]] = ()

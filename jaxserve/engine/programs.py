@@ -81,14 +81,22 @@ class Programs:
     Args:
         lowerings: key -> a function that traces and lowers the program.
         stats: counts compilations, as "warmup" once started, else as "late".
+        on_demand: the same for programs that are compiled only when somebody needs them, "late".
 
     Attributes:
         lower_seconds, compile_seconds: what tracing and lowering, and compiling or reading from the
             cache, took so far, summed over the threads.
     """
 
-    def __init__(self, lowerings: Mapping[Hashable, Lower], stats: Stats) -> None:
+    def __init__(
+        self,
+        lowerings: Mapping[Hashable, Lower],
+        stats: Stats,
+        on_demand: Mapping[Hashable, Lower] | None = None,
+    ) -> None:
         self._lowerings = lowerings
+        self._on_demand = dict(on_demand or {})
+        self._waiting_for_demand = set(self._on_demand)
         self._stats = stats
         self.lower_seconds = self.compile_seconds = 0.0
         self._queue = list(lowerings)
@@ -119,9 +127,10 @@ class Programs:
         if program is not None:
             return program
         with self._changed:
-            mine = key in self._queue
-            if mine:
+            mine = key in self._queue or key in self._waiting_for_demand
+            if key in self._queue:
                 self._queue.remove(key)
+            self._waiting_for_demand.discard(key)
         if mine:
             self._compile(key)
         with self._changed:
@@ -135,7 +144,7 @@ class Programs:
         total, shown = len(self._lowerings), -1
         while True:
             with self._changed:
-                done = len(self._ready) + len(self._errors)
+                done = len((self._ready.keys() | self._errors) & self._lowerings.keys())
                 if done == shown and done < total:
                     self._changed.wait(1.0)
                     continue
@@ -156,7 +165,9 @@ class Programs:
         with self._changed:
             self._ready.clear()
             closed = EngineClosedError("this engine was closed; make a new one")
-            self._errors = dict.fromkeys(self._lowerings, closed)  # else get would wait for ever
+            self._waiting_for_demand.clear()
+            # Else get would wait for ever.
+            self._errors = dict.fromkeys(self._lowerings.keys() | self._on_demand, closed)
             self._changed.notify_all()
 
     @property
@@ -183,7 +194,7 @@ class Programs:
     def _compile(self, key: Hashable) -> None:
         start = time.perf_counter()
         try:
-            lowered = self._lowerings[key]()
+            lowered = (self._on_demand.get(key) or self._lowerings[key])()
             between = time.perf_counter()
             program = lowered.compile()
         except BaseException as error:
@@ -195,6 +206,6 @@ class Programs:
             self._ready[key] = program
             self.lower_seconds += between - start
             self.compile_seconds += time.perf_counter() - between
-            kind = "warmup" if self._started else "late"
+            kind = "warmup" if self._started and key not in self._on_demand else "late"
             self._stats.compilations[kind] = self._stats.compilations.get(kind, 0) + 1
             self._changed.notify_all()

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from jaxserve.sampling.params import SamplingParams
+
+Pooling = Literal["last", "mean"]
+"""Of which of the prompt's hidden states an embedding is made."""
 
 
 class Status(enum.Enum):
@@ -40,6 +45,21 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...]
 
 
+@dataclass(frozen=True)
+class PromptRead:
+    """What a step found out about a piece of a prompt.
+
+    Attributes:
+        start: its first position.
+        logprobs: of the tokens that follow each of its positions, if asked for.
+        pooled: float32 [width], the sum of its hidden states, if asked for.
+    """
+
+    start: int
+    logprobs: Sequence[TokenLogprobs] = ()
+    pooled: Any = None
+
+
 @dataclass(eq=False)
 class Request:
     """One generation.
@@ -56,6 +76,8 @@ class Request:
         stop_token_ids: ids that end it, the model's own end tokens included unless ignored.
         seed: key of its random numbers; with the output index it fixes every draw.
         cache_salt: prefixes are shared only between requests with equal salts.
+        priority: lower ones get a row first and lose it last.
+        pooling: "last" or "mean" if it wants an embedding of the prompt instead of tokens.
         num_pending: of one that lost its row, the tokens that steps under way will still bring; it
             waits for them.
         num_cached_tokens: prompt tokens found in the prefix cache at first admission.
@@ -63,6 +85,8 @@ class Request:
         page_hashes: chained hashes of its full pages, as far as they were needed.
         row: its row of device state while it runs, else -1.
         num_preemptions: how often it lost its pages.
+        prompt_logprobs: of the prompt's tokens but the first, as far as they are known.
+        pooled: float32 [width], sum of the hidden states that its embedding is made of.
     """
 
     request_id: str
@@ -72,6 +96,8 @@ class Request:
     stop_token_ids: frozenset[int] = frozenset()
     seed: int = 0
     cache_salt: bytes = b""
+    priority: int = 0
+    pooling: Pooling | None = None
     num_prompt_tokens: int = 0
     num_pending: int = 0
     num_cached_tokens: int | None = None
@@ -79,6 +105,8 @@ class Request:
     page_hashes: list[bytes] = field(default_factory=list)
     row: int = -1
     num_preemptions: int = 0
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    pooled: Any = None
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
     stop_reason: int | None = None
@@ -91,12 +119,49 @@ class Request:
         """The output known so far."""
         return self.token_ids[self.num_prompt_tokens :]
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether it still wants something of the hidden states of its prompt."""
+        if self.pooling is not None:
+            return True
+        wanted = self.params.prompt_logprobs is not None
+        return wanted and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether that takes all prompt tokens, so that none may come from the prefix cache."""
+        return self.reads_prompt and self.pooling != "last"
+
+    @property
+    def embedding(self) -> Any:
+        """The pooled hidden states, scaled to length 1: float32 [width]."""
+        return self.pooled / max(float(self.pooled @ self.pooled) ** 0.5, 1e-12)
+
+    def take(self, read: PromptRead) -> None:
+        """Enters what a step found out about the prompt. The steps of a prompt that is computed
+        anew come after those under way before, and bring the same log-probabilities again."""
+        self.prompt_logprobs += read.logprobs[len(self.prompt_logprobs) - read.start :]
+        if read.pooled is not None:
+            anew = self.pooled is None or read.start == 0 or self.pooling == "last"
+            self.pooled = read.pooled if anew else self.pooled + read.pooled
+
 
 @dataclass(slots=True)
 class RequestUpdate:
-    """News of one request after a step: at most one token, and how it ended if it did."""
+    """News of one request after a step: at most one token, and how it ended if it did.
+
+    Attributes:
+        request: whose.
+        token_id: its next token.
+        logprobs: of that token, if asked for.
+        finish_reason: why it ended, if it did.
+        prompt_logprobs: of the prompt's tokens but the first, if asked for; with the first token.
+        embedding: float32 [width], if asked for.
+    """
 
     request: Request
     token_id: int | None
     logprobs: TokenLogprobs | None
     finish_reason: FinishReason | None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    embedding: Any = None

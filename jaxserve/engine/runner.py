@@ -14,26 +14,30 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxserve.config import ResolvedConfig
-from jaxserve.engine import batch, step
+from jaxserve.engine import batch, prompt_reads, step
 from jaxserve.engine.batch import Bucket, Layout, Packer
 from jaxserve.engine.decision import Decision, StepResult
 from jaxserve.engine.programs import Programs, Progress
+from jaxserve.engine.prompt_reads import ReadPlan, Reads
 from jaxserve.engine.request import Request, TokenLogprobs
 from jaxserve.engine.stats import Stats
 from jaxserve.engine.step import Avals, StepPrograms, StepState
+from jaxserve.model import decoder
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.params import Params
-from jaxserve.sampling.sample import VARIANTS, Sampled, SamplerState, Variant
+from jaxserve.sampling import edits
+from jaxserve.sampling.sample import VARIANTS, Sampled, Variant
 from pallas_kernels.dispatch import CHOOSE, Kernels
 
 
 @dataclass(frozen=True)
 class StepHandle:
-    """A dispatched step: its decision, and what it will have sampled, or if it samples nothing,
-    the logits to wait for."""
+    """A dispatched step: its decision; what it will have sampled, or if it samples nothing, the
+    logits to wait for; and what it reads of prompts, if anything."""
 
     decision: Decision
     results: Sampled | jax.Array
+    reads: Reads | None = None
 
 
 class Runner:
@@ -63,6 +67,7 @@ class Runner:
     ) -> None:
         self._stats = stats
         self._rows = config.max_num_seqs
+        self._vocab_size = model.vocab_size
         self._params: Params | None = None
         group = max(s.attention.num_heads // s.attention.num_kv_heads for s in model.layers)
         split = jax.default_backend() != "cpu"
@@ -74,7 +79,9 @@ class Runner:
         self._step = StepPrograms(
             model, weights, mesh, self._layouts, num_pages, max_pages, kernels
         )
-        self.programs = Programs(self._step.lowerings(), stats)
+        lowerings, on_demand = self._step.lowerings(), self._step.lowerings_on_demand()
+        self.programs = Programs(lowerings, stats, on_demand)
+        self._head_weight = decoder.head_weight(model)
         self._packer = Packer(self._rows)
         self._state: StepState | None = None
 
@@ -93,9 +100,11 @@ class Runner:
 
     def allocate(self) -> None:
         """Makes the device state, zeroed: 0 times an uninitialised NaN would spoil masked scores.
+        What there was before is freed.
 
         Best after compiling, since XLA tries out kernels on the GPU and needs memory for that.
         """
+        self._free_state()
         self._state = jax.tree.map(
             lambda aval: jnp.zeros(aval.shape, aval.dtype, device=aval.sharding), self._step.state
         )
@@ -105,7 +114,10 @@ class Runner:
         packer = self._packer
         packer.enter_new_rows(decision)
         lanes, num_tokens = decision.num_lanes, decision.num_tokens
-        bucket, variant = self._choose(lanes, num_tokens, packer.variant(decision))
+        asking = packer.lanes_that_read_prompts(decision)
+        plan = prompt_reads.make_plan(decision, asking, self._step.largest.lanes)
+        least = packer.variant(decision)
+        bucket, variant = self._choose(lanes, num_tokens, least, largest=plan is not None)
         layout, updates = self._layouts[bucket], decision.table_updates
         early = []
         while len(updates) > layout.num_table_updates:
@@ -114,20 +126,25 @@ class Runner:
             )
             updates = updates[step.TABLE_PIECE :]
         packed = packer.pack(layout, decision, updates)
+        new = decision.requests[lanes - decision.num_new_rows :]
+        edited = [self._edits(request) for request in new if request.params.has_edits]
         counted = [
             piece
-            for request in decision.requests[lanes - decision.num_new_rows :]
+            for request in new
             if request.params.has_penalties
             for piece in _count_pieces(request)
         ]
-        forward = self.programs.get(("forward", bucket))
+        key = ("forward", bucket) if plan is None else ("forward_with_hidden",)
+        forward = self.programs.get(key)
         sample = None
         if decision.samples.any():
             sample = self.programs.get(("sample", bucket.lanes, variant))
         self._stats.steps += 1
         self._stats.scheduled_tokens += num_tokens
         self._stats.padded_tokens += bucket.tokens
-        return StepHandle(decision, self._launch(forward, sample, packed, early, counted))
+        results, hidden = self._launch(forward, sample, packed, early, counted, edited)
+        reads = self._read_prompts(plan, hidden[0]) if plan is not None else None
+        return StepHandle(decision, results, reads)
 
     def _launch(
         self,
@@ -136,8 +153,10 @@ class Runner:
         packed: np.ndarray,
         early_updates: Sequence[np.ndarray],
         counted: Sequence[np.ndarray],
-    ) -> Sampled | jax.Array:
-        """Starts a step's programs; returns what was sampled, or if nothing was, the logits.
+        edited: Sequence[np.ndarray],
+    ) -> tuple[Sampled | jax.Array, Sequence[jax.Array]]:
+        """Starts a step's programs; returns what was sampled, or if nothing was, the logits; and
+        the hidden states, if ``forward`` gives them.
 
         Nothing of a step is kept but what was sampled, so that the next step's buffers get the
         same addresses: a CUDA graph whose addresses change must be patched node by node.
@@ -150,46 +169,71 @@ class Runner:
             table = self.programs.get(("write_table",))(table, updates)
         for piece in counted:
             counts = self.programs.get(("count_tokens",))(sampler.counts, piece)
-            sampler = SamplerState(sampler.last_token, counts)
-        cache, table, logits, words = forward(
+            sampler = replace(sampler, counts=counts)
+        for words in edited:
+            table_of_edits = self.programs.get(("write_edits",))(sampler.edits, words)
+            sampler = replace(sampler, edits=table_of_edits)
+        cache, table, logits, *hidden, words = forward(
             self._params, state.cache, table, sampler.last_token, packed
         )
         self._state = StepState(cache, table, sampler)
         if sample is None:
-            return logits
+            return logits, hidden
         sampler, sampled = sample(logits, sampler, words)
         self._state = replace(self._state, sampler=sampler)
         jax.tree.map(lambda array: array.copy_to_host_async(), sampled)
-        return sampled
+        return sampled, hidden
+
+    def _read_prompts(self, plan: ReadPlan, hidden: jax.Array) -> Reads:
+        """Starts reading what a step's requests want of its hidden states [T, width]."""
+        assert self._params is not None
+        head = {self._head_weight: self._params[self._head_weight]}
+        scores = [
+            self.programs.get(("score_prompt",))(head, hidden, piece) for piece in plan.pieces
+        ]
+        sums = None
+        if plan.spans is not None:
+            sums = self.programs.get(("pool_prompt",))(hidden, plan.spans)
+        return Reads(plan, scores, sums)
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Waits for a step; what its lanes chose."""
         decision, results = handle.decision, handle.results
+        reads = prompt_reads.gather(handle.reads) if handle.reads is not None else ()
         if not isinstance(results, Sampled):
             results.block_until_ready()
-            return StepResult([-1] * decision.num_lanes)
+            return StepResult([-1] * decision.num_lanes, None, reads)
         sampled = jax.tree.map(np.asarray, results)
         token_ids = sampled.tokens[: decision.num_lanes].tolist()
         if sampled.logprobs is None:
-            return StepResult(token_ids)
+            return StepResult(token_ids, None, reads)
         logprobs = [
             _logprobs(request, lane, sampled) if samples else None
             for lane, (request, samples) in enumerate(zip(decision.requests, decision.samples))
         ]
-        return StepResult(token_ids, logprobs)
+        return StepResult(token_ids, logprobs, reads)
 
     def close(self) -> None:
         """Frees the cache and the programs; the weights, if nobody else holds them."""
         self.programs.close()
+        self._free_state()
+        self._params = None
+
+    def _free_state(self) -> None:
+        """Deletes the arrays, whoever else may hold them: a failed step's traceback does."""
         for array in jax.tree.leaves(self._state):
             array.delete()
-        self._state = self._params = None
+        self._state = None
 
     # --- dispatching --------------------------------------------------------------------------
 
-    def _choose(self, lanes: int, tokens: int, variant: Variant) -> tuple[Bucket, Variant]:
-        """The smallest bucket that fits and the least sampler that does, of those compiled."""
+    def _choose(
+        self, lanes: int, tokens: int, variant: Variant, largest: bool = False
+    ) -> tuple[Bucket, Variant]:
+        """The smallest bucket that fits (or the largest one, if told so) and the least sampler that
+        does, of those compiled."""
         fitting = [bucket for bucket in self._layouts if bucket.fits(lanes, tokens)]
+        fitting = fitting[-1:] if largest else fitting
         able = VARIANTS[VARIANTS.index(variant) :]
         for bucket in fitting:
             if self.programs.ready(("forward", bucket)):
@@ -197,6 +241,11 @@ class Runner:
                     if self.programs.ready(("sample", bucket.lanes, better)):
                         return bucket, better
         return fitting[0], variant
+
+    def _edits(self, request: Request) -> np.ndarray:
+        """A request's edits, packed for the program ``write_edits``."""
+        line = edits.line(request.params, request.output_token_ids, self._vocab_size)
+        return np.concatenate([np.array([request.row], np.int32), line])
 
 
 def make_buckets(config: ResolvedConfig, platform: str) -> list[Bucket]:
@@ -246,7 +295,7 @@ def _logprobs(request: Request, lane: int, sampled: Sampled) -> TokenLogprobs | 
     wanted = request.params.logprobs
     if wanted is None:
         return None
-    assert sampled.logprobs is not None  # the step's variant is "logprobs" if anybody wants them
+    assert sampled.logprobs is not None  # the step's variant is "full" if anybody wants them
     assert sampled.top_tokens is not None and sampled.rank is not None
     values, top = sampled.logprobs[lane], sampled.top_tokens[lane]
     pairs = zip(top[:wanted].tolist(), values[1 : wanted + 1].tolist())

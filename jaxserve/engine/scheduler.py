@@ -1,7 +1,7 @@
 """Decides which request gets how many tokens in the next step. No JAX.
 
 There is no prefill or decode phase: every request has tokens that are not computed yet, and each
-step hands its token budget to requests in order of arrival. A prompt longer than what is left is
+step hands its token budget to requests in order of admission. A prompt longer than what is left is
 cut into chunks; a request that decodes has just one token to compute. The budget is chosen so that
 steps are well filled; those that decode come first, since only the youngest has an unfinished
 prompt.
@@ -14,7 +14,6 @@ n computes one surplus token in step n + 1, which ``update`` throws away.
 from __future__ import annotations
 
 import itertools
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +24,7 @@ from jaxserve.engine.request import FinishReason, Request, RequestUpdate, Status
 from jaxserve.engine.running import Running
 from jaxserve.engine.stats import Stats
 from jaxserve.engine.step_size import StepFiller
+from jaxserve.engine.waiting import Waiting
 
 Cells = list[tuple[int, int, int]]
 """Entries of the page table: row, column, page."""
@@ -54,13 +54,13 @@ class Scheduler:
         self._filler = StepFiller(step_sizes)
         self.stats = stats
         self.requests: dict[str, Request] = {}
-        self.waiting: OrderedDict[Request, None] = OrderedDict()
+        self.waiting = Waiting()
         self.running = Running(max_rows)
 
     def add(self, request: Request) -> None:
         """Queues a request."""
         self.requests[request.request_id] = request
-        self.waiting[request] = None
+        self.waiting.add(request)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> Request | None:
         """Ends a request at once, wherever it is; None if it isn't there (any more)."""
@@ -75,8 +75,7 @@ class Scheduler:
         wanted = running.columns.num_schedulable_tokens()
         budget = self._budget(wanted)
         num_tokens = _grant(wanted, budget)
-        self._extend_pages(num_tokens, cells)
-        num_tokens, new = num_tokens[: len(running)], list[int]()
+        num_tokens, new = self._extend_pages(num_tokens, cells), list[int]()
         budget -= int(num_tokens.sum())
         while budget > 0 and (length := self._admit_next(cells)):
             new.append(min(length, budget))
@@ -92,6 +91,8 @@ class Scheduler:
         """
         if self.allocator.enable_prefix_caching:
             self._register_pages(decision)
+        for request, read in result.prompt_reads:
+            request.take(read)
         updates, num_generated = [], 0
         lanes = zip(
             *(decision.requests, decision.samples.tolist(), decision.ends.tolist()),
@@ -108,6 +109,13 @@ class Scheduler:
                 updates.append(RequestUpdate(request, None, None, FinishReason.ERROR))
                 self._finish(request, FinishReason.ERROR)
                 continue
+            if request.pooling is not None:
+                embedding = request.embedding
+                updates.append(
+                    RequestUpdate(request, None, None, FinishReason.STOP, embedding=embedding)
+                )
+                self._finish(request, FinishReason.STOP)
+                continue
             num_generated += 1
             request.token_ids.append(token_id)
             reason = None
@@ -115,11 +123,23 @@ class Scheduler:
                 request.stop_reason, reason = token_id, FinishReason.STOP
             elif ends:
                 reason = FinishReason.LENGTH
-            updates.append(RequestUpdate(request, token_id, logprobs, reason))
+            update = RequestUpdate(request, token_id, logprobs, reason)
+            if request.params.prompt_logprobs is not None and _is_first_token(request):
+                update.prompt_logprobs = request.prompt_logprobs
+            updates.append(update)
             if reason is not None:
                 self._finish(request, reason)
         self.stats.generation_tokens += num_generated
         return updates
+
+    def restart(self) -> None:
+        """Takes note that the device forgot everything and that no step is under way any more: what
+        ran waits again, first in line, with the tokens that are known."""
+        while self.running.requests:
+            self._preempt(self.running.requests[-1])
+        for request in self.waiting:
+            request.num_pending = 0
+        self.allocator.reset_prefix_cache()
 
     def check_integrity(self) -> None:
         """Checks that no page and no row is lost or owned twice.
@@ -170,7 +190,7 @@ class Scheduler:
         missing = self.allocator.pages_for(num_tokens) - len(hits)
         if self.allocator.num_free_after_taking(hits) < missing + len(self.running):
             return 0
-        del self.waiting[request]
+        self.waiting.remove(request)
         self.allocator.take(hits)
         pages = hits + self.allocator.allocate(missing)
         num_computed = len(hits) * page_size
@@ -182,20 +202,27 @@ class Scheduler:
         self._give_pages(len(self.running) - 1, pages, cells)
         return num_tokens - num_computed
 
-    def _extend_pages(self, num_tokens: np.ndarray, cells: Cells) -> None:
-        """Makes room for so many tokens more of each request that runs, int32 [running], preempting
-        the youngest where pages are short."""
+    def _extend_pages(self, num_tokens: np.ndarray, cells: Cells) -> np.ndarray:
+        """Makes room for so many tokens more of each request that runs, int32 [running]. Where
+        pages are short, preempts the youngest of those with the worst priority.
+
+        Returns:
+            The tokens of those that still run.
+        """
         columns, allocator = self.running.columns, self.allocator
         goal = columns.num_computed_tokens + num_tokens
         needed = -(-np.maximum(goal - columns.num_slots, 0) // allocator.page_size)
         while (total := int(needed.sum())) > allocator.num_free:
-            self._preempt(self.running.requests[-1])
-            needed = needed[:-1]
+            requests = self.running.requests
+            last = max(range(len(requests)), key=lambda index: (requests[index].priority, index))
+            self._preempt(requests[last])
+            needed, num_tokens = np.delete(needed, last), np.delete(num_tokens, last)
         pages = allocator.allocate(total)
         for index in needed.nonzero()[0].tolist():
             count = needed[index]
             self._give_pages(index, pages[:count], cells)
             pages = pages[count:]
+        return num_tokens
 
     def _give_pages(self, index: int, pages: list[int], cells: Cells) -> None:
         request = self.running.requests[index]
@@ -250,7 +277,7 @@ class Scheduler:
 
     def _hits(self, request: Request) -> list[int]:
         """Pages of a waiting request that are cached; its last token is always left to compute."""
-        if not self.allocator.enable_prefix_caching:
+        if not self.allocator.enable_prefix_caching or request.reads_whole_prompt:
             return []
         num_pages = (len(request.token_ids) - 1) // self.allocator.page_size
         self._hash_pages(request, num_pages)
@@ -269,8 +296,7 @@ class Scheduler:
         request.num_pending = self._release(request)
         request.num_preemptions += 1
         request.status = Status.WAITING
-        self.waiting[request] = None
-        self.waiting.move_to_end(request, last=False)
+        self.waiting.put_back(request)
         self.stats.preemptions += 1
 
     def _release(self, request: Request) -> int:
@@ -283,7 +309,7 @@ class Scheduler:
         if request.status is Status.RUNNING:
             self._release(request)
         else:
-            del self.waiting[request]
+            self.waiting.remove(request)
         request.status = Status.FINISHED
         request.finish_reason = reason
         del self.requests[request.request_id]
@@ -294,6 +320,10 @@ def _grant(wanted: np.ndarray, budget: int) -> np.ndarray:
     """Hands out a budget in order, int32 [n]: what each wants, as long as it lasts."""
     before = wanted.cumsum(dtype=np.int32) - wanted
     return np.minimum(wanted, np.maximum(budget - before, 0))
+
+
+def _is_first_token(request: Request) -> bool:
+    return len(request.token_ids) == request.num_prompt_tokens + 1
 
 
 def _may_stop(request: Request) -> bool:

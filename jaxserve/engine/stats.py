@@ -17,6 +17,7 @@ class Stats:
         kv_slots, kv_tokens: slots in the pages of running requests, and those that hold a token,
             summed over steps.
         preemptions: how often a request lost its pages.
+        recoveries: failed steps after which everything was computed anew.
         finished: requests by finish reason.
         compilations: programs compiled, by "warmup" and "late" (after it).
     """
@@ -30,6 +31,7 @@ class Stats:
     kv_slots: int = 0
     kv_tokens: int = 0
     preemptions: int = 0
+    recoveries: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     compilations: dict[str, int] = field(default_factory=dict)
 

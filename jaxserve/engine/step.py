@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxserve.distributed import TENSOR
-from jaxserve.engine import batch
+from jaxserve.engine import batch, prompt_reads
 from jaxserve.engine.batch import Bucket, Layout
 from jaxserve.model import decoder, kv_cache
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.kv_cache import KVCache
+from jaxserve.sampling import edits
 from jaxserve.sampling.sample import VARIANTS, SamplerState, Variant, count_tokens, sample
 from pallas_kernels.dispatch import CHOOSE, Kernels
 
@@ -85,6 +86,7 @@ class StepPrograms:
             sampler=SamplerState(
                 last_token=self._int32(layout.rows),
                 counts=self._int32(layout.rows, model.vocab_size, spec=self._logits_spec),
+                edits=self._int32(layout.rows, edits.line_size(model.vocab_size)),
             ),
         )
 
@@ -99,8 +101,18 @@ class StepPrograms:
                 programs[key] = functools.partial(self._lower_sample, bucket, variant)
         programs["count_tokens",] = self._lower_count_tokens
         programs["write_table",] = self._lower_write_table
+        programs["write_edits",] = self._lower_write_edits
         order = urgent + [key for key in programs if key not in urgent]
         return {key: programs[key] for key in order}
+
+    def lowerings_on_demand(self) -> dict[Hashable, Callable[[], jax.stages.Lowered]]:
+        """Programs that only requests for prompt logprobs or embeddings need; the first of those
+        waits until they are compiled."""
+        return {
+            ("forward_with_hidden",): functools.partial(self._lower_forward, self.largest, True),
+            ("score_prompt",): self._lower_score_prompt,
+            ("pool_prompt",): self._lower_pool_prompt,
+        }
 
     def urgent_keys(self) -> Iterable[Hashable]:
         """One decoding bucket and one for prompts: with them, some request can be served."""
@@ -109,25 +121,28 @@ class StepPrograms:
             yield ("forward", bucket)
             yield ("sample", bucket.lanes, "sample")  # it does greedy lanes too
 
-    def _lower_forward(self, bucket: Bucket) -> jax.stages.Lowered:
+    def _lower_forward(self, bucket: Bucket, hidden: bool = False) -> jax.stages.Lowered:
         layout, model, state = self._layouts[bucket], self._model, self.state
         kernels = self._kernels
 
         def forward(params, cache, page_table, last_token, packed):
             inputs, page_table = batch.unpack_inputs(layout, packed, page_table, last_token)
-            logits, cache = decoder.forward(model, params, cache, inputs, kernels)
-            return cache, page_table, logits, packed[: layout.sampling_size]
+            function = decoder.forward_with_hidden if hidden else decoder.forward
+            *outputs, cache = function(model, params, cache, inputs, kernels)
+            return cache, page_table, *outputs, packed[: layout.sampling_size]
 
+        more = (WHOLE,) if hidden else ()
         if self._mesh.size > 1:
             forward = jax.shard_map(
                 forward,
                 mesh=self._mesh,
                 in_specs=(self._specs, kv_cache.PARTITION, WHOLE, WHOLE, WHOLE),
-                out_specs=(kv_cache.PARTITION, WHOLE, self._logits_spec, WHOLE),
+                out_specs=(kv_cache.PARTITION, WHOLE, self._logits_spec, *more, WHOLE),
                 check_vma=False,
             )
         table, last_token = state.page_table, state.sampler.last_token
-        outputs = (state.cache, table, self._logits(bucket), self._int32(layout.sampling_size))
+        words = self._int32(layout.sampling_size)
+        outputs = (state.cache, table, self._logits(bucket), *(self._hidden for _ in more), words)
         jitted = jax.jit(forward, donate_argnums=(1, 2), out_shardings=_shardings(outputs))
         packed = self._int32(layout.size)
         return jitted.lower(self._params, state.cache, table, last_token, packed)
@@ -156,6 +171,38 @@ class StepPrograms:
         table = self.state.page_table
         jitted = jax.jit(batch.write_table, donate_argnums=0, out_shardings=table.sharding)
         return jitted.lower(table, self._int32(TABLE_PIECE, 3))
+
+    def _lower_write_edits(self) -> jax.stages.Lowered:
+        table = self.state.sampler.edits
+
+        def write(table, packed):
+            return edits.write(table, packed[0], packed[1:])
+
+        jitted = jax.jit(write, donate_argnums=0, out_shardings=table.sharding)
+        return jitted.lower(table, self._int32(1 + table.shape[1]))
+
+    def _lower_score_prompt(self) -> jax.stages.Lowered:
+        path = decoder.head_weight(self._model)
+        score = functools.partial(prompt_reads.score, self._model)
+        jitted = jax.jit(score, out_shardings=NamedSharding(self._mesh, WHOLE))
+        piece = self._int32(2, prompt_reads.piece_size(self.largest.lanes))
+        return jitted.lower({path: self._params[path]}, self._hidden, piece)
+
+    def _lower_pool_prompt(self) -> jax.stages.Lowered:
+        jitted = jax.jit(prompt_reads.pool, out_shardings=NamedSharding(self._mesh, WHOLE))
+        return jitted.lower(self._hidden, self._int32(2, self.largest.lanes))
+
+    @property
+    def largest(self) -> Bucket:
+        """The bucket that any step fits."""
+        return list(self._layouts)[-1]
+
+    @property
+    def _hidden(self) -> jax.ShapeDtypeStruct:
+        """The final hidden states of a step in the largest bucket."""
+        shape = (self.largest.tokens, self._model.embedding_size)
+        sharding = NamedSharding(self._mesh, WHOLE)
+        return jax.ShapeDtypeStruct(shape, self._params["embed/tokens"].dtype, sharding=sharding)
 
     def _logits(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
         shape = (bucket.lanes, self._model.vocab_size)

@@ -91,6 +91,38 @@ def forward(
         float32 logits [L, vocab] (one device's part of the vocabulary where it is split) of the
         tokens ``inputs.sample_index``, and the cache with this step's keys and values.
     """
+    residual, cache = _run_layers(config, params, cache, inputs, kernels)
+    hidden = _final(config, kernels, params, residual.take(inputs.sample_index))
+    return logits(config, params, hidden), cache
+
+
+def forward_with_hidden(
+    config: ModelConfig,
+    params: Params,
+    cache: KVCache,
+    inputs: StepInputs,
+    kernels: Kernels = CHOOSE,
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """As ``forward``, but also gives what the logits are made of, of all tokens: the final hidden
+    states, normalized and projected, [T, embedding_size]."""
+    residual, cache = _run_layers(config, params, cache, inputs, kernels)
+    hidden = _final(config, kernels, params, residual)
+    return logits(config, params, hidden[inputs.sample_index]), hidden, cache
+
+
+def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+    """The logits float32 [N, vocab] of final hidden states [N, embedding_size]."""
+    return linear(hidden, params[head_weight(config)], out_dtype=jnp.float32)
+
+
+def head_weight(config: ModelConfig) -> str:
+    """The path of the one weight that ``logits`` needs."""
+    return "embed/tokens" if config.tie_word_embeddings else "head/tokens"
+
+
+def _run_layers(
+    config: ModelConfig, params: Params, cache: KVCache, inputs: StepInputs, kernels: Kernels
+) -> tuple[Residual, KVCache]:
     residual = Residual(_embed(config, params, inputs))
     tables = {
         spec: rope.cos_sin(spec, inputs.positions, inputs.rope_lengths)
@@ -104,8 +136,7 @@ def forward(
             layer, kernels, weights, residual, cache[index], inputs, cos_sin
         )
         new_cache.append(layer_cache)
-    logits = _logits(config, kernels, params, residual.take(inputs.sample_index))
-    return logits, tuple(new_cache)
+    return residual, tuple(new_cache)
 
 
 def _embed(config: ModelConfig, params: Params, inputs: StepInputs) -> jax.Array:
@@ -154,12 +185,11 @@ def _layer(
     return after("ffn_norm", residual, h), cache
 
 
-def _logits(config: ModelConfig, kernels: Kernels, params: Params, residual: Residual) -> jax.Array:
+def _final(config: ModelConfig, kernels: Kernels, params: Params, residual: Residual) -> jax.Array:
     if config.final_norm is None:
         x = residual.settled()
     else:
         x = residual.normalized(config.final_norm, under("head/norm", params), kernels)[1]
     if "head/project_out" in params:
         x = linear(x, params["head/project_out"])
-    table = params["embed/tokens" if config.tie_word_embeddings else "head/tokens"]
-    return linear(x, table, out_dtype=jnp.float32)
+    return x

@@ -21,6 +21,7 @@ class SamplingInputs:
         repetition_penalty, presence_penalty, frequency_penalty: float32 [L].
         seed: uint32 [L, 2].
         forbidden: int32 [L, n], tokens that must not be chosen now, padded with -1.
+        edited: int32 [L], the row whose edits apply; a row that doesn't exist for none.
     """
 
     row: jax.Array
@@ -34,3 +35,4 @@ class SamplingInputs:
     frequency_penalty: jax.Array
     seed: jax.Array
     forbidden: jax.Array
+    edited: jax.Array

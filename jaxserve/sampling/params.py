@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from jaxserve.errors import InvalidRequestError
+from jaxserve.sampling.checks import (
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORDS,
+    MAX_STOP_STRING_CHARS,
+    MAX_STOP_STRINGS,
+    check_bad_words_token_ids,
+    check_float,
+    check_int,
+    check_logit_bias,
+    check_range,
+    check_texts,
+    check_token_ids,
+    error,
+)
 
 MAX_N = 128
 MAX_LOGPROBS = 20
-MAX_STOP_STRINGS = 16
-MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 16
 GREEDY_TEMPERATURE = 1e-5
 MIN_TEMPERATURE = 1e-2
 MIN_REPETITION_PENALTY = 1e-2
-FLOAT32_MAX = 3.4028234e38
+OPTIONAL_INTEGERS = (
+    *("seed", "max_tokens", "logprobs", "prompt_logprobs"),
+    "truncate_prompt_tokens",
+)
 FLAGS = (
     *("ignore_eos", "detokenize", "skip_special_tokens"),
     *("spaces_between_special_tokens", "include_stop_str_in_output"),
@@ -45,6 +60,17 @@ class SamplingParams:
         min_tokens: no end token or stop token is chosen before this many tokens.
         logprobs: log-probabilities of this many likeliest tokens per position (and the chosen
             one), taken before temperature and penalties.
+        prompt_logprobs: the same for the prompt's tokens; the prompt then makes no use of cached
+            prefixes.
+        logit_bias: token id -> -100 to 100, added to the logit; at most 1024 tokens. The ids may
+            be strings, as in JSON.
+        allowed_token_ids: only these tokens are generated.
+        bad_words: texts that are not generated, with or without a space before them: the token
+            that would complete one is ruled out. At most 64.
+        bad_words_token_ids: the same as sequences of token ids, at most 128 of at most 16 tokens;
+            whoever has the tokenizer sets them from ``bad_words``, see ``Tokenizer.bad_words``.
+        truncate_prompt_tokens: keep only this many last tokens of the prompt; -1 for as many as
+            leave room for one token of output.
         detokenize: make text; False returns token ids only.
         skip_special_tokens: leave special tokens out of the text.
         spaces_between_special_tokens: accepted for compatibility; it matters to slow tokenizers
@@ -70,6 +96,12 @@ class SamplingParams:
     max_tokens: int | None = 16
     min_tokens: int = 0
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    logit_bias: dict[int, float] | None = field(default=None, hash=False)
+    allowed_token_ids: list[int] | tuple[int, ...] | None = None
+    bad_words: str | list[str] | tuple[str, ...] | None = None
+    bad_words_token_ids: Sequence[Sequence[int]] | None = None
+    truncate_prompt_tokens: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -78,52 +110,72 @@ class SamplingParams:
     def __post_init__(self) -> None:
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
         for name in ("n", "top_k", "min_tokens"):
-            _check_int(name, getattr(self, name))
+            check_int(name, getattr(self, name))
         for name in FLAGS:
             if not isinstance(getattr(self, name), bool):
-                raise _error(name, getattr(self, name), "must be True or False")
-        for name in ("seed", "max_tokens", "logprobs"):
+                raise error(name, getattr(self, name), "must be True or False")
+        for name in OPTIONAL_INTEGERS:
             if getattr(self, name) is not None:
-                _check_int(name, getattr(self, name))
-        _check_range("n", self.n, 1, MAX_N)
+                check_int(name, getattr(self, name))
+        check_range("n", self.n, 1, MAX_N)
         if self.top_k < -1 or self.top_k >= 2**31:
-            raise _error("top_k", self.top_k, "must be -1 or 0 (off) or a positive 32-bit integer")
+            raise error("top_k", self.top_k, "must be -1 or 0 (off) or a positive 32-bit integer")
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            set_(name, _check_float(name, getattr(self, name)))
+            set_(name, check_float(name, getattr(self, name)))
         for name in ("presence_penalty", "frequency_penalty"):
-            set_(name, _check_float(name, getattr(self, name)))
-            _check_range(name, getattr(self, name), -2, 2)
-        _check_range("temperature", self.temperature, 0, 2)
-        _check_range("min_p", self.min_p, 0, 1)
+            set_(name, check_float(name, getattr(self, name)))
+            check_range(name, getattr(self, name), -2, 2)
+        check_range("temperature", self.temperature, 0, 2)
+        check_range("min_p", self.min_p, 0, 1)
         if not 0 < self.top_p <= 1:
-            raise _error("top_p", self.top_p, "must be greater than 0 and at most 1")
+            raise error("top_p", self.top_p, "must be greater than 0 and at most 1")
         if self.repetition_penalty < MIN_REPETITION_PENALTY:
             rule = f"must be at least {MIN_REPETITION_PENALTY}"
-            raise _error("repetition_penalty", self.repetition_penalty, rule)
+            raise error("repetition_penalty", self.repetition_penalty, rule)
         if self.seed == -1:
             set_("seed", None)
         if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise _error("seed", self.seed, "must fit in 64 bits")
+            raise error("seed", self.seed, "must fit in 64 bits")
         if self.max_tokens is not None:
-            _check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        _check_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
+            check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
+        check_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
-            raise _error("min_tokens", self.min_tokens, f"exceeds max_tokens ({self.max_tokens})")
-        if self.logprobs is not None:
-            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        set_("stop", _check_stop(self.stop))
-        set_("stop_token_ids", _check_stop_token_ids(self.stop_token_ids))
+            raise error("min_tokens", self.min_tokens, f"exceeds max_tokens ({self.max_tokens})")
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_range(name, getattr(self, name), 0, MAX_LOGPROBS)
+        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
+            check_range("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, 2**31 - 1)
+        stop = check_texts("stop", self.stop, MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS)
+        ids = check_token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
+        set_("stop", stop)
+        set_("stop_token_ids", ids)
+        self._check_edits(set_)
         if self.stop and not self.detokenize:
-            raise _error("stop", self.stop, "needs detokenize=True; use stop_token_ids instead")
+            raise error("stop", self.stop, "needs detokenize=True; use stop_token_ids instead")
         if self.temperature < GREEDY_TEMPERATURE:
             # Greedy: the truncations change nothing, so they are off and the fast path is taken.
             for name, value in (("temperature", 0.0), ("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
                 set_(name, value)
             if self.n > 1:
-                raise _error("n", self.n, "must be 1 with greedy sampling (temperature 0)")
+                raise error("n", self.n, "must be 1 with greedy sampling (temperature 0)")
         else:
             set_("temperature", max(self.temperature, MIN_TEMPERATURE))
             set_("top_k", max(self.top_k, 0))
+
+    def _check_edits(self, set_: Callable[[str, Any], None]) -> None:
+        """Those that change logits of single tokens."""
+        set_("logit_bias", check_logit_bias(self.logit_bias))
+        if self.allowed_token_ids is not None:
+            allowed = check_token_ids("allowed_token_ids", self.allowed_token_ids)
+            if not allowed:
+                raise error("allowed_token_ids", [], "must hold at least one id")
+            set_("allowed_token_ids", allowed)
+        words = check_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
+        if not all(word.strip() for word in words):
+            raise error("bad_words", words, "must not be blank")
+        set_("bad_words", words)
+        set_("bad_words_token_ids", check_bad_words_token_ids(self.bad_words_token_ids))
 
     @property
     def greedy(self) -> bool:
@@ -139,61 +191,20 @@ class SamplingParams:
             or self.frequency_penalty != 0.0
         )
 
+    @property
+    def has_edits(self) -> bool:
+        """Whether logits of single tokens are changed or ruled out throughout."""
+        return bool(
+            self.logit_bias or self.allowed_token_ids is not None or self.bad_words_token_ids
+        )
+
+    def truncated(self, prompt_token_ids: list[int], max_model_len: int) -> list[int]:
+        """The prompt as ``truncate_prompt_tokens`` says."""
+        count = self.truncate_prompt_tokens
+        if count is None:
+            return prompt_token_ids
+        return prompt_token_ids[-(max_model_len - 1 if count == -1 else count) :]
+
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, validated anew."""
         return dataclasses.replace(self, **changes)
-
-
-def _error(name: str, value: Any, rule: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{name} {rule}, got {_short(value)}.", param=name)
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, int) and value.bit_length() > 256:
-        return f"an integer of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _check_int(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise _error(name, value, "must be an integer")
-
-
-def _check_float(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _error(name, value, "must be a number")
-    # Comparing first: an integer can be too large for a float.
-    if not -FLOAT32_MAX <= value <= FLOAT32_MAX:
-        raise _error(name, value, "must be a finite 32-bit number")
-    return float(value)
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise _error(name, value, f"must be from {low} to {high}")
-
-
-def _check_stop(stop: Any) -> tuple[str, ...]:
-    stops = () if stop is None else (stop,) if isinstance(stop, str) else stop
-    if not isinstance(stops, list | tuple) or not all(isinstance(s, str) for s in stops):
-        raise _error("stop", stop, "must be a string or a list of strings")
-    if len(stops) > MAX_STOP_STRINGS:
-        raise _error("stop", len(stops), f"takes at most {MAX_STOP_STRINGS} strings")
-    for text in stops:
-        if not 0 < len(text) <= MAX_STOP_STRING_CHARS:
-            rule = f"strings must have 1 to {MAX_STOP_STRING_CHARS} characters"
-            raise _error("stop", text, rule)
-    return tuple(stops)
-
-
-def _check_stop_token_ids(ids: Any) -> tuple[int, ...]:
-    ids = () if ids is None else ids
-    if not isinstance(ids, list | tuple):
-        raise _error("stop_token_ids", ids, "must be a list of integers")
-    for token in ids:
-        _check_int("stop_token_ids", token)
-        _check_range("stop_token_ids", token, 0, 2**31 - 1)
-    if len(ids) > MAX_STOP_TOKEN_IDS:
-        raise _error("stop_token_ids", len(ids), f"takes at most {MAX_STOP_TOKEN_IDS} ids")
-    return tuple(ids)

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jaxserve.sampling import stages
+from jaxserve.sampling import edits, stages
 from jaxserve.sampling.inputs import SamplingInputs
 from jaxserve.sampling.params import MAX_LOGPROBS
 
-Variant = Literal["greedy", "sample", "logprobs"]
-"""What a step's lanes need at most: only argmax; any sampling setting; log-probabilities too."""
+Variant = Literal["greedy", "sample", "full"]
+"""What a step's lanes need at most: only argmax; any of the settings that travel with each step;
+log-probabilities and edits of single logits too."""
 
-VARIANTS: tuple[Variant, ...] = ("greedy", "sample", "logprobs")
+VARIANTS: tuple[Variant, ...] = ("greedy", "sample", "full")
 """Each does what those before it do, with the same tokens."""
 
 BAD_ROW = -1
@@ -30,7 +31,7 @@ class Sampled:
     Attributes:
         tokens: int32 [L]; BAD_ROW where a lane has to fail.
         logprobs: float32 [L, 1 + n], of the chosen token, then of the n likeliest; None unless
-            the variant is "logprobs".
+            the variant is "full".
         top_tokens: int32 [L, n].
         rank: int32 [L], of the chosen token; 1 is the likeliest.
     """
@@ -50,10 +51,12 @@ class SamplerState:
         last_token: int32 [rows], the token chosen last; the next step's input.
         counts: int32 [rows, vocab], occurrences in the output, plus PROMPT_FLAG where the token
             stands in the prompt. Kept for rows with penalties only.
+        edits: int32 [rows, words], see ``edits``. Kept for rows with edits only.
     """
 
     last_token: jax.Array
     counts: jax.Array
+    edits: jax.Array
 
 
 def sample(
@@ -70,9 +73,15 @@ def sample(
     if variant == "greedy":
         tokens = jnp.argmax(logits, -1).astype(jnp.int32)
         tokens = jnp.where(bad, BAD_ROW, tokens)
-        return _remember(state, state.counts, tokens, inputs), Sampled(tokens)
+        return _remember(state, tokens, inputs), Sampled(tokens)
+    adjusted, table = logits, state.edits
+    if variant == "full":
+        asked = edits.lookup(table, inputs.edited)
+        adjusted = stages.forbid_bad_words(stages.allow(adjusted, asked), asked)
     counts = state.counts[jnp.minimum(inputs.row, state.counts.shape[0] - 1)]
-    adjusted = stages.forbid(logits, inputs)
+    adjusted = stages.forbid(adjusted, inputs)
+    if variant == "full":
+        adjusted = stages.add_bias(adjusted, asked)
     adjusted = stages.penalize(adjusted, counts, inputs)
     bad |= ~jnp.isfinite(adjusted.max(-1))
     scaled = stages.truncate(stages.scale_by_temperature(adjusted, inputs), inputs)
@@ -81,9 +90,11 @@ def sample(
     tokens = jnp.where(bad, BAD_ROW, tokens)
     new_counts = state.counts.at[inputs.row, jnp.maximum(tokens, 0)].add(1, mode="drop")
     result = Sampled(tokens)
-    if variant == "logprobs":
-        result = _with_logprobs(logits, tokens)
-    return _remember(state, new_counts, tokens, inputs), result
+    if variant == "full":
+        result = with_logprobs(logits, tokens)
+        table = edits.remember(table, inputs.edited, asked, tokens)
+    state = replace(state, counts=new_counts, edits=table)
+    return _remember(state, tokens, inputs), result
 
 
 def count_tokens(
@@ -116,7 +127,8 @@ def _gumbel(inputs: SamplingInputs, vocab: int) -> jax.Array:
     return jax.vmap(one)(inputs.seed, inputs.output_index)
 
 
-def _with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
+def with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
+    """Log-probabilities of given tokens [L] and of the likeliest ones, from logits [L, vocab]."""
     logprobs = jax.nn.log_softmax(logits, axis=-1)
     chosen = jnp.take_along_axis(logprobs, jnp.maximum(tokens, 0)[:, None], axis=-1)
     top, top_tokens = jax.lax.top_k(logprobs, min(MAX_LOGPROBS, logits.shape[-1]))
@@ -129,8 +141,6 @@ def _with_logprobs(logits: jax.Array, tokens: jax.Array) -> Sampled:
     )
 
 
-def _remember(
-    state: SamplerState, counts: jax.Array, tokens: jax.Array, inputs: SamplingInputs
-) -> SamplerState:
+def _remember(state: SamplerState, tokens: jax.Array, inputs: SamplingInputs) -> SamplerState:
     kept = jnp.maximum(tokens, 0)  # a bad lane's surplus step must still read a real token
-    return SamplerState(state.last_token.at[inputs.row].set(kept, mode="drop"), counts)
+    return replace(state, last_token=state.last_token.at[inputs.row].set(kept, mode="drop"))

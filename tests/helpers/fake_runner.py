@@ -115,19 +115,24 @@ class FakeRunner:
         self.fail_rows = set(fail_rows)
         self.closed = False
         self.num_sampled = 0
+        self._num_pages = num_pages
+        self._num_dispatched = 0
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Empties the device, and forgets the steps that were dispatched and not collected."""
         # The device's memory: only _execute touches it.
-        self._page_table = [[PADDING_PAGE] * num_pages for _ in range(max_rows)]
-        self._pool = [[UNWRITTEN] * page_size for _ in range(num_pages)]
-        self._last_token = [UNWRITTEN] * max_rows
+        self._page_table = [[PADDING_PAGE] * self._num_pages for _ in range(self.max_rows)]
+        self._pool = [[UNWRITTEN] * self.page_size for _ in range(self._num_pages)]
+        self._last_token = [UNWRITTEN] * self.max_rows
         # The stream: dispatched steps that were not computed yet.
         self._stream: deque[Step] = deque()
-        self._num_dispatched = 0
-        self._num_collected = 0
+        self._num_collected = self._num_dispatched
         # What the checks remember of each row and page.
         self._holder: dict[int, tuple[Request, int]] = {}
         self._pages: dict[int, list[int]] = {}
         self._end: dict[int, int] = {}
-        self._writer = [0] * num_pages
+        self._writer = [0] * self._num_pages
 
     def dispatch(self, decision: Decision) -> Step:
         """Takes note of the step, and computes the ones before it."""
@@ -279,8 +284,10 @@ def fake_engine(
     eos_token_ids: Sequence[int] = (),
     seed: int = 0,
     run_ahead: int = 1,
+    max_failures: int = 1,
 ) -> tuple[Engine, FakeRunner]:
-    """An engine on a fake runner; by default a sequence may fill the whole pool."""
+    """An engine on a fake runner; by default a sequence may fill the whole pool, and what the
+    runner objects to is raised at once."""
     allocator = PageAllocator(num_pages, page_size, enable_prefix_caching)
     runner = FakeRunner(num_pages, page_size, max_rows, vocab_size, max_step_tokens, fail_rows)
     engine = Engine(
@@ -291,6 +298,7 @@ def fake_engine(
         eos_token_ids=eos_token_ids,
         seed=seed,
         run_ahead=run_ahead,
+        max_failures=max_failures,
     )
     return engine, runner
 

@@ -29,7 +29,7 @@ SIZES = {
     "max_num_batched_tokens": 16,
     "block_size": 8,
 }
-NUM_PROGRAMS = 11  # forward for 3 buckets; 3 samplers for 1 and 4 lanes; two that write state
+NUM_PROGRAMS = 12  # forward for 3 buckets; 3 samplers for 1 and 4 lanes; three that write state
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,7 @@ def varied_workload(count: int) -> list[Job]:
         SamplingParams(max_tokens=9, seed=2, repetition_penalty=1.2, logprobs=3),
         greedy_params(60),
         greedy_params(3, min_tokens=2),
+        greedy_params(8, logit_bias={5: 3.0}, bad_words_token_ids=[[7, 8]]),
     ]
     lengths = [1, 2, 15, 16, 17, 100, 200]
     jobs = []
@@ -238,7 +239,7 @@ def test_programs_are_kept_for_the_next_engine_and_the_next_process(
         return json.loads(done.stdout.splitlines()[-1])
 
     directory = make_llama(tmp_path / "llama", num_hidden_layers=1)
-    num_programs = 2 + 3 + 2  # forward for two buckets of one lane; its samplers; the rest
+    num_programs = 2 + 3 + 3  # forward for two buckets of one lane; its samplers; the rest
     one, two = tmp_path / "one", tmp_path / "two"
     first = hits(one, two, two)
     assert first[:2] == [0, 0]

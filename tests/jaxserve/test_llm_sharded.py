@@ -86,6 +86,29 @@ def test_sampling_and_penalties_do_not_depend_on_the_devices(tmp_path: Path) -> 
             )
 
 
+def test_edits_and_what_is_read_of_prompts_do_not_depend_on_the_devices(tmp_path: Path) -> None:
+    directory = make_llama(tmp_path, **MODELS["8 KV heads"])
+    prompts = random_prompts(4, VOCAB_SIZE, 6, (5, 30))
+    edits = {"logit_bias": {5: 3.0, 200: -4.0}, "allowed_token_ids": list(range(3, 260, 2))}
+    params = greedy_params(8, prompt_logprobs=2, bad_words_token_ids=[[5], [7, 9]], **edits)
+    results = []
+    for size in (1, 4):
+        with small_llm(directory, decode_shape=False, tensor_parallel_size=size) as llm:
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            vectors = [output.outputs.embedding for output in llm.embed(prompts, pooling="mean")]
+            results.append((outputs, vectors))
+    (one, vectors_of_one), (four, vectors_of_four) = results
+    for a, b in zip(one, four):
+        assert a.outputs[0].token_ids == b.outputs[0].token_ids
+        for entries, others in zip(a.prompt_logprobs[1:], b.prompt_logprobs[1:], strict=True):
+            assert list(entries) == list(others)
+            assert [x.logprob for x in entries.values()] == pytest.approx(
+                [x.logprob for x in others.values()], abs=2e-5
+            )
+    for a, b in zip(vectors_of_one, vectors_of_four, strict=True):
+        assert a == pytest.approx(b, abs=1e-5)
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_demo_model_on_several_devices(size: int) -> None:
     prompts = random_prompts(3, 2048, 8, (5, 30))

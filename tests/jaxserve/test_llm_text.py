@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 from jaxserve import LLM, InvalidRequestError, RequestOutput, SamplingParams
+from jaxserve.beam_search import BeamSearchParams
 
 PROMPTS = ["Once upon a time", "The little dog", "One day,"]
 
@@ -149,6 +150,32 @@ def test_a_chosen_token_below_the_likeliest_is_listed_after_them(llm: LLM) -> No
     for rank, token, entries in zip(ranks, one.token_ids, one.logprobs):
         assert list(entries)[-1] == token
         assert len(entries) == (1 if rank == 1 else 2)
+
+
+def test_bad_words_are_not_written_with_or_without_a_space(
+    llm: LLM, free: list[RequestOutput]
+) -> None:
+    words = free[0].outputs[0].text.split()
+    bad = [words[0], f"{words[4]} {words[5]}"]
+    (output,) = llm.generate(PROMPTS[0], params(bad_words=bad), use_tqdm=False)
+    text = output.outputs[0].text
+    assert text != free[0].outputs[0].text
+    assert all(word in free[0].outputs[0].text and word not in text for word in bad)
+    others = llm.generate(
+        PROMPTS, [params(bad_words=bad), params(), params(bad_words=[])], use_tqdm=False
+    )
+    assert [other.outputs[0].text for other in others] == [
+        text,
+        *(output.outputs[0].text for output in free[1:]),
+    ]
+
+
+def test_beams_come_with_the_text_of_all_their_tokens(llm: LLM) -> None:
+    (output,) = llm.beam_search(PROMPTS[0], BeamSearchParams(beam_width=3, max_tokens=5))
+    assert len(output.sequences) == 3
+    for sequence in output.sequences:
+        assert sequence.text == llm.get_tokenizer().decode(sequence.tokens)
+        assert sequence.text.startswith(PROMPTS[0])
 
 
 def test_chat_writes_the_template_and_answers(llm: LLM) -> None:

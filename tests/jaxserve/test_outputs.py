@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from jaxserve.engine.request import FinishReason, Request, TokenLogprobs
+from jaxserve.engine.request import FinishReason, TokenLogprobs
 from jaxserve.outputs import CompletionOutput, Generation, Logprob
 from jaxserve.sampling.params import SamplingParams
 from jaxserve.tokenizer import Tokenizer
@@ -22,8 +22,7 @@ def generation_of(
     tokenizer: Tokenizer | None, prompt: str = "A", **params: object
 ) -> tuple[Generation, CompletionOutput]:
     ids = [5] if tokenizer is None else tokenizer.encode(prompt)
-    request = Request("a", ids, SamplingParams(**params), max_tokens=99)
-    generation = Generation(request, 0, tokenizer, (EOS,))
+    generation = Generation(SamplingParams(**params), ids, 0, tokenizer, (EOS,))
     return generation, generation.output
 
 
@@ -71,8 +70,7 @@ def test_the_end_tokens_of_the_model_are_no_stop_reason(tokenizer: Tokenizer) ->
     for token, reason in ((EOS, None), (9, 9)):
         generation, output = generation_of(tokenizer)
         generation.append(token, None)
-        generation.request.stop_reason = token
-        generation.finish(FinishReason.STOP)
+        generation.finish(FinishReason.STOP, stop_reason=token)
         assert (output.finish_reason, output.stop_reason) == ("stop", reason)
         assert output.token_ids == [token]
 

@@ -57,6 +57,31 @@ def pieces(stream: TextStream, ids: list[int]) -> list[str]:
     return [*(stream.feed(token) for token in ids), stream.flush()]
 
 
+def test_bad_words_are_watched_for_with_and_without_a_space(tokenizer: Tokenizer) -> None:
+    """In every way that a text comes to hold them, unless its tokens end with others' tokens."""
+    sequences = tokenizer.bad_words(["there", " there", "cat dog"])
+    forms = [
+        tuple(tokenizer.encode(text, add_special_tokens=False))
+        for text in ("there", " there", "cat dog", " cat dog")
+    ]
+    assert len({*forms}) == 4
+    assert {*sequences} == {*forms}
+
+
+def test_a_space_that_is_a_token_of_its_own_needs_no_sequence(bytes_tokenizer: Tokenizer) -> None:
+    """The merge of the space and "a" is one that does."""
+    (word,) = bytes_tokenizer.bad_words(["xy"])
+    assert word == tuple(bytes_tokenizer.encode("xy", add_special_tokens=False))
+    assert len(bytes_tokenizer.bad_words(["a"])) == 2
+
+
+def test_a_bad_word_with_too_many_tokens_is_refused(bytes_tokenizer: Tokenizer) -> None:
+    assert len(bytes_tokenizer.bad_words(["x" * 16])[0]) == 16
+    with pytest.raises(InvalidRequestError, match="has 17 tokens") as error:
+        bytes_tokenizer.bad_words(["x" * 17])
+    assert error.value.param == "bad_words"
+
+
 TEXTS = st.one_of(st.text(max_size=40), st.sampled_from(NASTY))
 
 

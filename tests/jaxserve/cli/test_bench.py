@@ -69,7 +69,7 @@ def test_a_shape_is_a_directory_for_random_weights() -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "give a command: latency, throughput, startup, sweep, works, profile, plot"),
+        ([], "give a command: latency, throughput, serve, startup, sweep, works, profile, plot"),
         (["latency", "--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["latency", "--num-iters-warmup", "-1"], "--num-iters-warmup must not be negative"),
         (["latency", "--model-shape", "x"], "invalid choice: 'x'"),

@@ -215,6 +215,21 @@ def test_a_lane_that_samples_nothing_has_no_row() -> None:
     assert sampling_of(Packer(ROWS), decision).row.tolist() == [ROWS, 2, ROWS, ROWS]
 
 
+def test_only_lanes_that_sample_and_ask_for_edits_have_a_row_of_them() -> None:
+    """Others would read, or change, those of a row's owner before."""
+    edits = SamplingParams(logit_bias={3: 1.0})
+    parts = [
+        Part(4, 0, 1),
+        Part(1, 0, 1, params=edits),
+        Part(2, 0, 2, params=edits, samples=False),
+    ]
+    packer = Packer(ROWS)
+    inputs = sampling_of(packer, decision_of(*parts, num_new_rows=3))
+    assert inputs.edited.tolist() == [ROWS, 1, ROWS, ROWS]
+    inputs = sampling_of(packer, decision_of(Part(1, 0, 1), num_new_rows=1))
+    assert inputs.edited.tolist() == [ROWS] * 4
+
+
 @pytest.mark.parametrize(("min_tokens", "forbidden"), [(4, [5, 9, 200]), (3, []), (0, [])])
 def test_stop_tokens_are_forbidden_until_min_tokens(min_tokens: int, forbidden: list[int]) -> None:
     """The output index is 3: this is the fourth token."""
@@ -240,7 +255,11 @@ def test_more_end_tokens_than_there_is_room_for_are_no_error() -> None:
         ({}, "sample"),
         ({"temperature": 0, "presence_penalty": 1.0}, "sample"),
         ({"temperature": 0, "min_tokens": 1}, "sample"),
-        ({"temperature": 0, "logprobs": 0}, "logprobs"),
+        ({"temperature": 0, "logprobs": 0}, "full"),
+        ({"temperature": 0, "logit_bias": {1: 0}}, "full"),
+        ({"temperature": 0, "allowed_token_ids": [1]}, "full"),
+        ({"temperature": 0, "bad_words_token_ids": [[1]]}, "full"),
+        ({"temperature": 0, "prompt_logprobs": 1}, "greedy"),
     ],
 )
 def test_the_most_demanding_lane_of_a_step_chooses_the_sampler(

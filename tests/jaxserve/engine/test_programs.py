@@ -47,6 +47,25 @@ def test_get_compiles_on_demand_and_once() -> None:
     assert stats.compilations == {"late": 1}
 
 
+def test_what_few_need_is_compiled_only_for_them() -> None:
+    stats = Stats()
+    programs = Programs({0: lowering(0)}, stats, on_demand={1: lowering(1), 2: failing})
+    programs.start(threads=1)
+    programs.wait()
+    assert not programs.ready(1)
+    assert stats.compilations == {"warmup": 1}
+    program = programs.get(1)
+    assert program(jnp.int32(5)) == 6
+    assert programs.get(1) is program
+    assert stats.compilations == {"warmup": 1, "late": 1}
+    for _ in range(2):
+        with pytest.raises(ValueError, match="too large"):
+            programs.get(2)
+    programs.close()
+    with pytest.raises(EngineClosedError):
+        programs.get(1)
+
+
 def test_started_all_get_ready_in_the_given_order() -> None:
     stats, order = Stats(), []
 

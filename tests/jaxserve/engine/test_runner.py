@@ -88,7 +88,7 @@ def test_the_smallest_ready_bucket_is_taken(llm: LLM) -> None:
     assert runner._choose(1, 1, "greedy")[0] == Bucket(8, 8)
     assert runner._choose(1, 2, "greedy")[0] == Bucket(8, 48)
     # With no sampler ready for any, the smallest is compiled.
-    assert runner._choose(1, 1, "logprobs")[0] == Bucket(1, 1)
+    assert runner._choose(1, 1, "full")[0] == Bucket(1, 1)
 
 
 def test_a_prompt_with_more_new_pages_than_a_step_can_enter(

@@ -297,6 +297,56 @@ def test_the_youngest_request_is_preempted_and_waits_first_in_line() -> None:
     assert (young.pages, young.row) == ([], -1)
 
 
+def test_the_worst_priority_is_preempted_first_and_the_youngest_of_it() -> None:
+    """Though the two that lose their pages are older than one that keeps them."""
+    engine, _ = make(num_pages=14, page_size=2, max_rows=4)
+    priorities = {"low old": 5, "normal": 0, "low young": 5, "urgent": -1}
+    requests = {
+        name: engine.add(name, [index] * 3, SamplingParams(max_tokens=18), priority=priority)
+        for index, (name, priority) in enumerate(priorities.items())
+    }
+    order = []
+    while engine.has_unfinished_requests:
+        before = {name: request.num_preemptions for name, request in requests.items()}
+        engine.step()
+        engine.scheduler.check_integrity()
+        lost = [name for name in requests if requests[name].num_preemptions > before[name]]
+        order += sorted(lost, key=lambda name: name == "low old")
+    assert order[:2] == ["low young", "low old"]
+    assert "urgent" not in order
+    for index, request in enumerate(requests.values()):
+        assert request.output_token_ids == naive([index] * 3, 18, VOCAB, request.seed)
+
+
+def test_a_lower_priority_number_is_admitted_first() -> None:
+    engine, _ = make(max_rows=1)
+    asked = {"first": 0, "late": 1, "normal": 0, "urgent": -7, "normal too": 0}
+    for name, priority in asked.items():
+        engine.add(name, [1, 2], SamplingParams(max_tokens=2), priority=priority)
+    ended = [u.request.request_id for u in run_to_end(engine) if u.finish_reason]
+    assert ended == ["urgent", "first", "normal", "normal too", "late"]
+
+
+@given(
+    jobs=st.lists(st.tuples(st.integers(-1, 1), st.integers(1, 9), st.integers(1, 9)), max_size=8),
+    sizes=engines(),
+)
+def test_priorities_change_no_token(
+    jobs: list[tuple[int, int, int]], sizes: dict[str, Any]
+) -> None:
+    engine, _ = make(**sizes)
+    requests = []
+    for index, (priority, length, max_tokens) in enumerate(jobs):
+        params = SamplingParams(max_tokens=max_tokens)
+        requests.append(engine.add(str(index), [index] * length, params, priority=priority))
+        engine.step()
+    run_to_end(engine)
+    for index, (_, length, max_tokens) in enumerate(jobs):
+        want = naive([index] * length, max_tokens, VOCAB, requests[index].seed)
+        assert requests[index].output_token_ids == want
+    assert_idle(engine)
+
+
 def test_hits_after_a_preemption_are_not_counted_as_cached_tokens() -> None:
     engine, _ = make(num_pages=14, page_size=2, max_rows=4)
     requests = serve(engine, [Job((index, 1, 2, 3), max_tokens=14) for index in range(4)])
@@ -601,10 +651,10 @@ def test_no_more_than_max_rows_requests_run() -> None:
 def test_check_integrity_notices_a_lost_row_and_a_lost_request() -> None:
     engine, _ = make(max_rows=2)
     request = engine.add("a", [1], SamplingParams())
-    engine.scheduler.waiting.clear()
+    engine.scheduler.waiting.remove(request)
     with pytest.raises(RuntimeError, match="no queue"):
         engine.scheduler.check_integrity()
-    engine.scheduler.waiting[request] = None
+    engine.scheduler.waiting.add(request)
     engine.step()
     engine.scheduler.running.requests[0].row = 1
     with pytest.raises(RuntimeError, match="rows"):

@@ -9,6 +9,12 @@ from typing import Any
 import pytest
 
 from jaxserve.errors import InvalidRequestError
+from jaxserve.sampling.checks import (
+    MAX_BAD_WORD_CHARS,
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+)
 from jaxserve.sampling.params import (
     MAX_LOGPROBS,
     MAX_N,
@@ -37,7 +43,17 @@ BAD: dict[str, list[Any]] = {
     "max_tokens": [0, -1, 2**31, 1.0, "1", True],
     "min_tokens": [-1, 17, 2**31, *NOT_INTEGERS],
     "logprobs": [-1, MAX_LOGPROBS + 1, 1.0, "1", True],
+    "prompt_logprobs": [-1, MAX_LOGPROBS + 1, 1.0, "1", True],
+    "logit_bias": [[1], "1", {-1: 1}, {2**31: 1}, {"a": 1}, {"-1": 1}, {True: 1}, {1.0: 1}],
+    "allowed_token_ids": [[], [-1], [2**31], [1.0], [True], ["1"], 1, "12", {1}, [None]],
+    "bad_words": ["", [""], ["x", " "], [1], 1, {"x": 1}, b"x", "x" * (MAX_BAD_WORD_CHARS + 1)],
+    "bad_words_token_ids": [[[]], [1], ["1"], 1, "12", [[-1]], [[1.0]], [[True]], [None]],
+    "truncate_prompt_tokens": [0, -2, 2**31, 1.0, "1", True],
 }
+BAD["logit_bias"] += [{1: value} for value in (100.1, -100.1, *NOT_NUMBERS)]
+BAD["logit_bias"].append(dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1))
+BAD["bad_words"].append(["x"] * (MAX_BAD_WORDS + 1))
+BAD["bad_words_token_ids"] += [[[1] * (MAX_BAD_WORD_TOKENS + 1)], [[1]] * (2 * MAX_BAD_WORDS + 1)]
 BAD["stop"].append(["x"] * (MAX_STOP_STRINGS + 1))
 BAD["stop_token_ids"].append([1] * (MAX_STOP_TOKEN_IDS + 1))
 
@@ -54,6 +70,12 @@ GOOD: dict[str, list[Any]] = {
     "max_tokens": [None, 1, 2**31 - 1],
     "min_tokens": [0, 16],
     "logprobs": [None, 0, MAX_LOGPROBS],
+    "prompt_logprobs": [None, 0, MAX_LOGPROBS],
+    "logit_bias": [None, {0: -100.0}, dict.fromkeys(range(MAX_LOGIT_BIAS), 100.0)],
+    "allowed_token_ids": [None, (0,), (5, 5, 2**31 - 1)],
+    "bad_words": [("x",), ("x" * MAX_BAD_WORD_CHARS,) * MAX_BAD_WORDS],
+    "bad_words_token_ids": [((1,) * MAX_BAD_WORD_TOKENS,) * 2 * MAX_BAD_WORDS],
+    "truncate_prompt_tokens": [None, 1, -1],
 }
 FLAGS = (
     "ignore_eos",
@@ -198,3 +220,35 @@ def test_params_are_frozen_keyword_only_and_hashable() -> None:
     with pytest.raises(TypeError):
         SamplingParams(beam_width=1)  # type: ignore[call-arg]
     assert hash(params) == hash(params.replace())
+
+
+# --- edits of single logits -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("empty", [{"logit_bias": {}}, {"bad_words": []}, {"bad_words": None}])
+def test_empty_edits_are_no_edits(empty: dict[str, Any]) -> None:
+    params = SamplingParams(**empty)
+    assert params == SamplingParams()
+    assert not params.has_edits
+
+
+@pytest.mark.parametrize(
+    "edits",
+    [{"logit_bias": {1: 0.0}}, {"allowed_token_ids": [1]}, {"bad_words_token_ids": [[1, 2]]}],
+)
+def test_edits_are_seen_and_can_be_hashed(edits: dict[str, Any]) -> None:
+    params = SamplingParams(**edits)
+    assert params.has_edits
+    assert hash(params) == hash(params.replace(seed=None))
+
+
+def test_biases_may_have_the_keys_of_json() -> None:
+    assert SamplingParams(logit_bias={"17": 5}).logit_bias == {17: 5.0}
+
+
+@pytest.mark.parametrize(("count", "kept"), [(None, 10), (1, 1), (10, 10), (99, 10), (-1, 7)])
+def test_the_last_tokens_of_the_prompt_are_kept(count: int | None, kept: int) -> None:
+    """-1 leaves room for one token of 8."""
+    prompt = list(range(10))
+    params = SamplingParams(truncate_prompt_tokens=count)
+    assert params.truncated(prompt, max_model_len=8) == prompt[-kept:]

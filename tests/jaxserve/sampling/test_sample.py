@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxserve.sampling import stages
+from jaxserve.sampling import edits, stages
 from jaxserve.sampling.params import MAX_LOGPROBS
 from jaxserve.sampling.sample import BAD_ROW, Sampled, SamplerState, Variant, count_tokens, sample
 from tests.jaxserve.sampling.test_stages import inputs_of, logits_of, softmax
@@ -23,10 +23,17 @@ def run(
 ) -> tuple[SamplerState, Sampled]:
     """One step from an empty state with a row per lane, or ``rows`` of them."""
     lanes, vocab = logits.shape
-    state = SamplerState(
-        jnp.zeros(rows or lanes, jnp.int32), jnp.zeros((rows or lanes, vocab), jnp.int32)
-    )
+    state = empty_state(rows or lanes, vocab)
     return SAMPLE(variant, jnp.asarray(logits), state, inputs_of(lanes, **changes))
+
+
+def empty_state(rows: int, vocab: int) -> SamplerState:
+    """Zeros, as the engine makes them."""
+    return SamplerState(
+        last_token=jnp.zeros(rows, jnp.int32),
+        counts=jnp.zeros((rows, vocab), jnp.int32),
+        edits=jnp.zeros((rows, edits.line_size(vocab)), jnp.int32),
+    )
 
 
 def tokens_of(variant: Variant, logits: np.ndarray, **changes: Any) -> np.ndarray:
@@ -87,7 +94,7 @@ def test_settings_that_leave_one_token_choose_the_likeliest(settings: dict[str, 
     np.testing.assert_array_equal(tokens_of("sample", logits, **settings), logits.argmax(-1))
 
 
-@pytest.mark.parametrize("variant", ["greedy", "sample", "logprobs"])
+@pytest.mark.parametrize("variant", ["greedy", "sample", "full"])
 def test_greedy_lanes_get_the_first_of_the_likeliest_in_every_variant(variant: Variant) -> None:
     logits = logits_of(5)
     got = tokens_of(variant, logits, temperature=0.0)
@@ -123,7 +130,7 @@ def test_both_halves_of_the_seed_and_the_index_matter() -> None:
     assert len(set(tokens.tolist())) == 4
 
 
-@pytest.mark.parametrize("variant", ["greedy", "sample", "logprobs"])
+@pytest.mark.parametrize("variant", ["greedy", "sample", "full"])
 @pytest.mark.parametrize(
     "bad",
     [[np.nan, 0], [np.inf, 0], [np.inf, -np.inf], [-np.inf, -np.inf]],
@@ -160,7 +167,7 @@ def test_logprobs_and_ranks_are_of_the_raw_logits() -> None:
     """Before temperature, penalties and truncation; ties share the better rank."""
     logits = logits_of(8)
     lanes = len(logits)
-    _, result = run("logprobs", logits, temperature=1.7, top_k=9)
+    _, result = run("full", logits, temperature=1.7, top_k=9)
     wide = logits.astype(np.float64)
     top = wide.max(-1, keepdims=True)
     want = wide - top - np.log(np.exp(wide - top).sum(-1, keepdims=True))
@@ -180,7 +187,7 @@ def test_logprobs_and_ranks_are_of_the_raw_logits() -> None:
 
 def test_logprobs_change_no_token_and_small_vocabularies_have_fewer() -> None:
     logits = logits_of(9, vocab=7)
-    _, result = run("logprobs", logits)
+    _, result = run("full", logits)
     np.testing.assert_array_equal(result.tokens, tokens_of("sample", logits))
     assert result.top_tokens.shape == (len(logits), 7)
 
@@ -203,7 +210,7 @@ def test_lanes_that_sample_nothing_leave_the_state_alone(variant: Variant) -> No
 
 def test_the_penalties_see_what_was_counted() -> None:
     """A strong frequency penalty walks through a flat vocabulary without repeating itself."""
-    state = SamplerState(jnp.zeros(1, jnp.int32), jnp.zeros((1, 6), jnp.int32))
+    state = empty_state(1, 6)
     seen = []
     for _ in range(6):
         state, result = SAMPLE(

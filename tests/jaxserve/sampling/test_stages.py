@@ -39,7 +39,10 @@ def inputs_of(lanes: int, **changes: Any) -> SamplingInputs:
     seed = changes.get("seed", np.stack([np.zeros(lanes), np.arange(lanes)], axis=1))
     forbidden = changes.get("forbidden", np.full((lanes, 4), -1))
     return SamplingInputs(
-        **arrays, seed=jnp.asarray(seed, jnp.uint32), forbidden=jnp.asarray(forbidden, jnp.int32)
+        **arrays,
+        seed=jnp.asarray(seed, jnp.uint32),
+        forbidden=jnp.asarray(forbidden, jnp.int32),
+        edited=jnp.asarray(changes.get("edited", np.full(lanes, lanes)), jnp.int32),
     )
 
 
