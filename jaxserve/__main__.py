@@ -5,14 +5,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from jaxserve import __version__
-from jaxserve.cli import bench, cache, chat, convert, doctor, flags, generate
+from jaxserve.cli import (
+    bench,
+    cache,
+    chat,
+    complete,
+    convert,
+    doctor,
+    flags,
+    generate,
+    run_batch,
+    serve,
+)
+from jaxserve.cli.completion import PrintCompletion
 from jaxserve.errors import JaxserveError
 
-COMMANDS = {
+COMMANDS: dict[str, Any] = {
     "generate": generate,
     "chat": chat,
+    "serve": serve,
+    "complete": complete,
+    "run-batch": run_batch,
     "convert": convert,
     "bench": bench,
     "cache": cache,
@@ -29,15 +45,20 @@ def make_parser() -> flags.Parser:
         description="LLM inference in JAX. Without a model, commands use a tiny embedded one.",
         epilog="jaxserve COMMAND --help shows the flags of a command.",
     )
+    parser.add_argument("--print-completion", action=PrintCompletion)
     flags.add_commands(parser, "jaxserve", COMMANDS)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code: 1 for errors, 2 for a wrong command line."""
-    args = make_parser().parse_args(flags.with_dashes(sys.argv[1:] if argv is None else argv))
-    name = args.command
+    words = flags.with_dashes(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words else ""
     try:
+        if hasattr(COMMANDS.get(name), "arrange"):
+            words = [name, *COMMANDS[name].arrange(words[1:], os.environ)]
+        args = make_parser().parse_args(words)
+        name = args.command
         return COMMANDS[name].run(args[name])
     except JaxserveError as error:
         print(f"jaxserve {name}: {' '.join(str(error).split())}", file=sys.stderr)

@@ -25,27 +25,41 @@ ARGUMENTS = (*BASICS, "jaxserve.sampling.params", "jaxserve.engine.request")
 TOKENIZERS = ("numpy", "tokenizers", "transformers", "jinja2", "huggingface_hub")
 BRAIN = (
     *ARGUMENTS,
-    *(f"jaxserve.engine.{name}" for name in ("core", "decision", "page_allocator", "running")),
-    *(f"jaxserve.engine.{name}" for name in ("scheduler", "stats", "step_size", "stop")),
+    *(f"jaxserve.engine.{name}" for name in ("admission", "core", "decision", "page_allocator")),
+    *(f"jaxserve.engine.{name}" for name in ("running", "scheduler", "stats", "step_size")),
+    *(f"jaxserve.engine.{name}" for name in ("stop", "waiting")),
     "numpy",
 )
 BODY = (*JAX, *BASICS, "flax", "pallas_kernels")
 MODEL = ("jaxserve.model", "jaxserve.quant", "jaxserve.distributed")
 DOOR = tuple(
-    f"jaxserve.engine.{name}" for name in ("batch", "memory", "programs", "runner", "step")
+    f"jaxserve.engine.{name}"
+    for name in ("batch", "memory", "programs", "prompt_reads", "runner", "step")
 )
 BEHIND_THE_DOOR = (*DOOR, *BRAIN, *BODY, *MODEL, "jaxserve.sampling", "jaxserve.config", "psutil")
 ANYTHING = ("*",)
+FRONT_END = (
+    *(*ARGUMENTS, "jaxserve", "jaxserve.config", "jaxserve.tokenizer", "jaxserve.outputs"),
+    *("jaxserve.engine.admission", "server"),
+    *("aiohttp", "msgpack", "orjson", "prometheus_client"),
+)
+"""What speaks HTTP; the engine runs in another process, and only there may JAX be loaded."""
 
 MAY_IMPORT: dict[str, tuple[str, ...]] = {
-    "jaxserve": (*ARGUMENTS, "jaxserve.llm", "jaxserve.config", "jaxserve.outputs"),
+    "jaxserve": (
+        *(*ARGUMENTS, "jaxserve.llm", "jaxserve.config", "jaxserve.outputs"),
+        "jaxserve.beam_search",
+    ),
     "jaxserve.errors": (),
     "jaxserve.log": (),
-    "jaxserve.sampling.params": ("jaxserve.errors",),
+    "jaxserve.sampling.checks": ("jaxserve.errors",),
+    "jaxserve.sampling.params": ("jaxserve.errors", "jaxserve.sampling.checks"),
     "jaxserve.engine.request": ("jaxserve.errors", "jaxserve.sampling.params"),
     "jaxserve.config": (*ARGUMENTS, "numpy", "pallas_kernels.dispatch"),
     "jaxserve.compat": (*BASICS, "jaxserve.config"),
-    "jaxserve.tokenizer": (*ARGUMENTS, *TOKENIZERS),
+    "jaxserve.tokenizer": (*ARGUMENTS, *TOKENIZERS, "jaxserve.sampling.checks"),
+    "jaxserve.prompts": ("jaxserve.errors", "jaxserve.tokenizer"),
+    "jaxserve.beam_search": (*ARGUMENTS, "jaxserve.sampling.checks", "jaxserve.outputs"),
     "jaxserve.outputs": (*ARGUMENTS, "jaxserve.engine.stop", "jaxserve.tokenizer"),
     "jaxserve.distributed": (*BASICS, *JAX),
     "jaxserve.quant": (*BODY, "jaxserve.quant"),
@@ -66,7 +80,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
         *(*JAX, *BASICS, *MODEL, "jaxserve.config", "converters"),
         *("safetensors", "huggingface_hub", "modelscope", "orbax"),
     ),
-    "server": (*BASICS, "jaxserve", "server", "aiohttp", "msgpack"),
+    "server": FRONT_END,
+    "server.engine_loop": (*FRONT_END, "jaxserve.engine"),
+    "server.engine_main": (*FRONT_END, "jaxserve.engine"),
+    "server.engine_process": ANYTHING,
+    "server.front_end": (*FRONT_END, "jaxserve.demo"),
+    "server.__main__": ("jaxserve.__main__",),
 }
 LOADS_WITHOUT_JAX = (
     *("jaxserve.engine.scheduler", "jaxserve.engine.page_allocator", "jaxserve.engine.request"),
@@ -180,6 +199,9 @@ def test_modules_import_only_what_their_room_may() -> None:
         ("converters.rules", "jaxserve.engine.core", False),
         ("server.app", "jaxserve", True),
         ("server.app", "jaxserve.engine.core", False),
+        ("server.app", "jaxserve.build", False),
+        ("server.front_end", "jax", False),
+        ("server.engine_process", "jaxserve.build", True),
         ("jaxserve.demo.train", "jaxserve.engine.core", False),
         ("jaxserve.llm", "converters", True),
     ],

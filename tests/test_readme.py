@@ -63,7 +63,7 @@ def test_the_run_command_is_one_that_the_parser_takes() -> None:
 
 def test_commands_and_flags_in_the_tables_exist() -> None:
     rows = re.findall(r"^\| (`.*?) \| ", README, re.MULTILINE)
-    commands = set(re.findall(r"`jaxserve (\w+)", "\n".join(rows)))
+    commands = set(re.findall(r"`jaxserve ([\w-]+)", "\n".join(rows)))
     assert commands == set(COMMANDS)
     named = set(re.findall(r"`(--[\w-]+)`", "\n".join(rows)))
     assert named and named <= flags_of("generate")

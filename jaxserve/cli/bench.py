@@ -8,6 +8,7 @@ from jaxserve.cli import (
     bench_latency,
     bench_plot,
     bench_profile,
+    bench_serve,
     bench_startup,
     bench_sweep,
     bench_throughput,
@@ -19,6 +20,7 @@ HELP = "measure latency, throughput and start-up, and draw them"
 COMMANDS = {
     "latency": bench_latency,
     "throughput": bench_throughput,
+    "serve": bench_serve,
     "startup": bench_startup,
     "sweep": bench_sweep,
     "works": bench_works,
@@ -31,7 +33,8 @@ def make_parser() -> Parser:
     """The flags of the command."""
     return Parser(
         usage="jaxserve bench COMMAND [options]",
-        description="Benchmarks of one engine in this process. They measure, and judge nothing.",
+        description="Benchmarks of one engine in this process, or of a server. They measure, and "
+        "judge nothing.",
         epilog="jaxserve bench COMMAND --help shows the flags of a command.",
     )
 

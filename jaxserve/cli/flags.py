@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
 import re
 import sys
 import types
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionYesNo, ArgumentParser, DefaultHelpFormatter, Namespace
@@ -20,9 +21,15 @@ from jaxserve.sampling.params import SamplingParams
 
 ENGINE_HIDDEN = {"model", "skip_tokenizer_init", "seed"}
 """Fields of EngineConfig that are no flags; --seed is the request's."""
-SAMPLING_HIDDEN = {"n", "logprobs", "detokenize", "spaces_between_special_tokens"}
+SAMPLING_HIDDEN = {
+    *("n", "logprobs", "prompt_logprobs", "detokenize", "spaces_between_special_tokens"),
+    *("logit_bias", "allowed_token_ids", "bad_words_token_ids"),
+}
 """Fields of SamplingParams that mean nothing on a terminal."""
 SHORT = {"tensor_parallel_size": "-tp"}
+SIZES = {"max_model_len", "max_num_batched_tokens"}
+"""Fields whose flags understand 8k and 8K, and auto for None."""
+Names = Mapping[str, Sequence[str]]
 METAVARS = {int: "N", float: "X", str: "TEXT", dict[str, str]: "JSON"}
 
 
@@ -85,6 +92,7 @@ def _readable(message: str) -> str:
     if wrong:
         kind = {"int": "an integer", "float": "a number"}.get(wrong[2], wrong[2])
         return f"{_flag(wrong[1].rpartition('.')[2])} must be {kind}, got {wrong[3]!r}"
+    message = re.sub(r"^argument (--[\w-]+): must be", r"\1 must be", message)
     message = re.sub(r"(?<=required: ).*", lambda m: re.sub(r"(\w+\.)+", "", m[0]), message)
     return " ".join(message.split())
 
@@ -138,7 +146,7 @@ def add_model(parser: ArgumentParser, positional: bool = True) -> None:
 def add_engine_flags(parser: ArgumentParser, also: Collection[str] = ()) -> None:
     """A flag for each field of EngineConfig; ``also`` names hidden ones to show."""
     group = parser.add_argument_group("engine")
-    _add_fields(group, EngineConfig, ENGINE_HIDDEN.difference(also), own_defaults=True)
+    add_fields(group, EngineConfig, ENGINE_HIDDEN.difference(also), own_defaults=True)
 
 
 def add_sampling_flags(parser: ArgumentParser, max_tokens: int | None) -> None:
@@ -146,11 +154,22 @@ def add_sampling_flags(parser: ArgumentParser, max_tokens: int | None) -> None:
     group = parser.add_argument_group(
         "sampling", "By default as the model's generation_config.json says."
     )
-    _add_fields(group, SamplingParams, SAMPLING_HIDDEN, own_defaults=False)
+    add_fields(group, SamplingParams, SAMPLING_HIDDEN, own_defaults=False)
     parser.set_defaults(max_tokens=max_tokens)
 
 
-def _add_fields(group: Any, cls: type, hidden: set[str], own_defaults: bool) -> None:
+def add_fields(
+    group: Any, cls: type, hidden: Collection[str], own_defaults: bool, names: Names | None = None
+) -> None:
+    """A flag for each field of a dataclass that its docstring describes.
+
+    Args:
+        group: to add them to.
+        cls: the dataclass.
+        hidden: fields that get no flag.
+        own_defaults: the fields' defaults are the flags'; otherwise None, which means "not given".
+        names: field -> its flags, where it isn't the field's name with dashes.
+    """
     texts, hints = summaries(cls), get_type_hints(cls)
     for field in dataclasses.fields(cls):
         if field.name in hidden or field.name not in texts:
@@ -159,6 +178,7 @@ def _add_fields(group: Any, cls: type, hidden: set[str], own_defaults: bool) -> 
         options: dict[str, Any] = {
             "help": texts[field.name].rstrip("."),
             "default": field.default if own_defaults else None,
+            "dest": field.name,
         }
         if kind is bool:
             options["action"] = ActionYesNo(no_prefix="no-")
@@ -166,12 +186,27 @@ def _add_fields(group: Any, cls: type, hidden: set[str], own_defaults: bool) -> 
             options["choices"] = get_args(kind)
             options["metavar"] = "NAME"
         else:
-            options |= {"type": kind, "metavar": METAVARS[kind]}
+            options |= {"type": size if field.name in SIZES else kind, "metavar": METAVARS[kind]}
             if many:
                 options |= {"action": "append", "help": options["help"] + "; may be repeated"}
                 options["type"] = integer if kind is int else kind
-        names = [_flag(field.name), *([SHORT[field.name]] if field.name in SHORT else [])]
-        group.add_argument(*names, **options)
+                if own_defaults and isinstance(field.default, tuple) and field.default:
+                    options["help"] += f" [default: {' '.join(field.default)}]"
+                options["default"] = None
+        short = [SHORT[field.name]] if field.name in SHORT else []
+        group.add_argument(*(names or {}).get(field.name, (_flag(field.name), *short)), **options)
+
+
+def size(value: Any) -> int | None:
+    """A number of tokens: 8192, 8k (8000), 8K (8192), or None for "auto" and -1, vLLM's words."""
+    if value in ("auto", "-1", -1):
+        return None
+    words = re.fullmatch(r"(\d+)([kKmM]?)", str(value))
+    if not words:
+        hint = "(8k is 8000, 8K is 8192, auto is what fits)"
+        raise argparse.ArgumentTypeError(f"must be an integer, got {str(value)!r} {hint}")
+    units = {"": 1, "k": 1000, "K": 2**10, "m": 1000**2, "M": 2**20}
+    return int(words[1]) * units[words[2]]
 
 
 def integer(value: Any) -> Any:
@@ -185,6 +220,8 @@ def _kind(hint: Any) -> tuple[Any, bool]:
         parts = [part for part in get_args(hint) if part is not type(None)]
         many = any(get_origin(part) in (list, tuple) for part in parts)
         return (get_args(parts[-1])[0] if many else parts[0]), many
+    if get_origin(hint) is tuple:
+        return get_args(hint)[0], True
     return hint, False
 
 
@@ -213,6 +250,18 @@ def _check(cls: type, **values: Any) -> None:
         cls(**values)
     except JaxserveError as error:
         raise UsageError(str(error)) from None
+
+
+@contextlib.contextmanager
+def server_extra() -> Iterator[None]:
+    """Says what to install where an import inside fails for want of the extra "server"."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f'this needs {error.name}: pip install "jaxserve[server]" '
+            '(from a checkout: pip install ".[server]")'
+        ) from None
 
 
 class UsageError(JaxserveError):

@@ -32,7 +32,7 @@ def make_parser() -> Parser:
 def run(args: Namespace) -> int:
     """Generates and reports."""
     engine, sampling = flags.engine_arguments(args), flags.sampling_arguments(args)
-    prompt = _read_prompt(args.prompt)
+    prompt = read_prompt(args.prompt)
 
     from jaxserve.cli.streaming import stream
     from jaxserve.llm import LLM
@@ -53,7 +53,8 @@ def run(args: Namespace) -> int:
     return 130 if answer.stopped else 0
 
 
-def _read_prompt(word: str | None) -> str:
+def read_prompt(word: str | None) -> str:
+    """The prompt of a command line, or standard input for "-" and for none."""
     if word is not None and word != "-":
         return word
     if word is None and sys.stdin.isatty():

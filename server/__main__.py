@@ -1,0 +1,8 @@
+"""``python -m server MODEL``: the same as ``jaxserve serve MODEL``."""
+
+import sys
+
+from jaxserve.__main__ import main
+
+if __name__ == "__main__":
+    sys.exit(main(["serve", *sys.argv[1:]]))

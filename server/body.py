@@ -1,0 +1,43 @@
+"""Reading a request's body: in time, in size, and as JSON."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from aiohttp import web
+
+from server.config import ServerConfig
+from server.errors import ApiError
+from server.protocol.json_body import parse_object
+
+JSON_TYPES = ("application/json", "application/octet-stream")
+"""The second is what aiohttp reports when a request names no type."""
+
+
+async def json_object(request: web.Request, config: ServerConfig) -> dict[str, Any]:
+    """The request's body as a JSON object.
+
+    Raises:
+        ApiError: 415 if it isn't said to be JSON, 408 if it doesn't come in time, 413 if it is too
+            long.
+        InvalidRequestError: it is no JSON object.
+    """
+    if request.content_type not in JSON_TYPES:
+        shown = request.content_type[:80]
+        raise ApiError(415, f"Send the body as application/json, not as {shown!r}.")
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise ApiError(415, "Compressed bodies are not accepted; send it as it is.")
+    too_large = ApiError(413, f"The body is larger than {config.max_body_bytes} bytes.")
+    if (request.content_length or 0) > config.max_body_bytes:
+        raise too_large
+    try:
+        async with asyncio.timeout(config.read_timeout_s):
+            body = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise too_large from None
+    except TimeoutError:
+        message = f"The body did not arrive within {config.read_timeout_s:g} s."
+        raise ApiError(408, message) from None
+    return parse_object(body)

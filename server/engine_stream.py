@@ -1,0 +1,116 @@
+"""The events of one request, as the front-end reads them."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jaxserve.engine.request import TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """What one step brought for a request; what several did, when the reader is slow.
+
+    Attributes:
+        token_ids: the new tokens.
+        logprobs: one per token; None if they weren't asked for.
+        finish_reason: "stop", "length", "abort" or "error" in the last event, else None.
+        stop_reason: the token id that ended it, if one did.
+        num_cached_tokens: prompt tokens that the prefix cache spared.
+        prompt_logprobs: of the prompt's tokens but the first, in the first event, if asked for.
+        error: what went wrong, with finish_reason "error" or "abort".
+    """
+
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | None = None
+    num_cached_tokens: int | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    error: str | None = None
+
+
+class EngineStream:
+    """An async iterator of TokenEvents; the last one has a finish_reason.
+
+        async with client.submit(...) as stream:
+            async for event in stream: ...
+
+    Leaving the block early aborts the request in the engine. One reader at a time; what it hasn't
+    read yet is merged into one event.
+
+    Args:
+        request_id: the caller's.
+        on_abort: called when the request is to be aborted.
+    """
+
+    def __init__(self, request_id: str, on_abort: Callable[[], None]) -> None:
+        self.request_id = request_id
+        self._on_abort = on_abort
+        self._unread: TokenEvent | None = None
+        self._failure: Exception | None = None
+        self._ended = False
+        self._reader: asyncio.Future[None] | None = None
+
+    def abort(self) -> None:
+        """Ends the request at once; nothing more comes. Safe to call at any time."""
+        if not self._ended:
+            self._ended = True
+            self._on_abort()
+        self._unread = None
+        self._wake()
+
+    async def __aenter__(self) -> EngineStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.abort()
+
+    def __aiter__(self) -> EngineStream:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        while self._unread is None:
+            if self._failure is not None:
+                raise self._failure
+            if self._ended:
+                raise StopAsyncIteration
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
+        event, self._unread = self._unread, None
+        return event
+
+    def put(self, event: TokenEvent) -> None:
+        """Takes the next event from the engine."""
+        before = self._unread
+        self._unread = event if before is None else _merged(before, event)
+        self._ended = event.finish_reason is not None
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the stream with an exception for its reader."""
+        self._failure = error
+        self._ended = True
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+def _merged(first: TokenEvent, then: TokenEvent) -> TokenEvent:
+    """Two events as one; takes over the first's lists."""
+    first.token_ids.extend(then.token_ids)
+    logprobs = first.logprobs
+    if logprobs is not None:
+        logprobs.extend(then.logprobs or ())
+    return dataclasses.replace(
+        then,
+        token_ids=first.token_ids,
+        logprobs=logprobs,
+        prompt_logprobs=first.prompt_logprobs,
+        num_cached_tokens=then.num_cached_tokens or first.num_cached_tokens,
+    )

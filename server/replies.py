@@ -1,0 +1,42 @@
+"""What all replies have in common."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from jaxserve import __version__
+
+FINGERPRINT = f"jaxserve-{__version__}"
+
+
+def json_response(payload: Any, status: int = 200) -> web.Response:
+    """A reply of JSON."""
+    body = orjson.dumps(payload)
+    return web.Response(body=body, status=status, content_type="application/json")
+
+
+def new_id(prefix: str) -> str:
+    """A reply's id, of which there is no other."""
+    return f"{prefix}-{uuid.uuid4().hex}"
+
+
+def head(request_id: str, kind: str, model: str) -> dict[str, Any]:
+    """The fields with which a reply and each of its chunks begin."""
+    return {
+        "id": request_id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": FINGERPRINT,
+    }
+
+
+def usage_chunk(start: Mapping[str, Any], usage: Mapping[str, Any]) -> dict[str, Any]:
+    """The chunk that ends a stream with ``stream_options.include_usage``."""
+    return {**start, "choices": [], "usage": usage}

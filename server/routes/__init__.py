@@ -1,0 +1,1 @@
+"""The routes: each parses, submits and formats. ``server.app`` holds the table."""

@@ -1,0 +1,60 @@
+"""Engines in processes of their own, with a fake model, for tests of the server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sys
+import time
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from jaxserve import EngineConfig
+from server.engine_client import EngineClient
+from server.engine_supervisor import EngineProcess
+
+FAKE = (sys.executable, "-m", "tests.helpers.fake_engine_process")
+
+
+def fake_process(
+    *, restart: bool = True, step_timeout_s: float = 60.0, **options: Any
+) -> EngineProcess:
+    """A process with a fake engine; see ``fake_engine_process`` for the options."""
+    command = (*FAKE, json.dumps(options))
+    return EngineProcess(
+        EngineConfig(),
+        command=command,
+        restart=restart,
+        step_timeout_s=step_timeout_s,
+        back_off_s=0.5,
+    )
+
+
+@contextlib.asynccontextmanager
+async def fake_client(
+    *, max_queue: int = 1024, queue_timeout_s: float = 60.0, **options: Any
+) -> AsyncIterator[EngineClient]:
+    """A client of a process with a fake engine, ready."""
+    process = fake_process(**options)
+    client = EngineClient(process, max_queue=max_queue, queue_timeout_s=queue_timeout_s)
+    await client.start()
+    try:
+        await until(lambda: client.state == "ready", 20)
+        yield client
+    finally:
+        await client.close()
+
+
+async def until(condition: Callable[[], bool], timeout_s: float) -> float:
+    """Waits until a condition holds; returns how long that took.
+
+    Raises:
+        TimeoutError: it took too long.
+    """
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > timeout_s:
+            raise TimeoutError(f"not within {timeout_s} s")
+        await asyncio.sleep(0.01)
+    return time.monotonic() - began
