@@ -21,7 +21,7 @@ export class ApiError extends Error {
 /** The error of a reply that is not 2xx: OpenAI's error object, or whatever stands there. */
 export function errorFromReply(status, body, retryAfter = null) {
   const detail = errorMessage(parseJSON(body)) ?? "";
-  const said = detail ? `: ${detail}` : ".";
+  const said = detail ? `: ${detail.replace(/[^.!?]$/, "$&.")}` : ".";
   if (status === 401 || status === 403) {
     return new ApiError(`The server wants another API key${said} Enter it in the settings.`, status);
   }

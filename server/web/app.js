@@ -40,18 +40,18 @@ for (const [i, tab] of tabs.entries()) {
 }
 showTab(tabs.find((tab) => `#${tab.getAttribute("aria-controls")}` === location.hash) ?? tabs[0]);
 
-/** A button that opens or closes a panel at the side. */
-function drawer(button, name) {
-  const narrow = matchMedia("(max-width: 900px)");
+/** A button that opens or closes a panel at the side; from the width on it is open at first. */
+function drawer(button, name, width) {
+  const roomy = matchMedia(`(min-width: ${width}px)`);
   const show = () => button.setAttribute("aria-expanded", String(document.body.classList.contains(name)));
   button.addEventListener("click", () => document.body.classList.toggle(name));
   new MutationObserver(show).observe(document.body, { attributeFilter: ["class"] });
-  document.body.classList.toggle(name, !narrow.matches);
-  narrow.addEventListener("change", () => document.body.classList.toggle(name, !narrow.matches));
+  document.body.classList.toggle(name, roomy.matches);
+  roomy.addEventListener("change", () => document.body.classList.toggle(name, roomy.matches));
 }
 
-drawer($("#toggle-list"), "show-list");
-drawer($("#toggle-settings"), "show-settings");
+drawer($("#toggle-list"), "show-list", 901);
+drawer($("#toggle-settings"), "show-settings", 1400);
 const closeDrawers = () => document.body.classList.remove("show-list", "show-settings");
 $("#scrim").addEventListener("click", closeDrawers);
 $("#close-settings").addEventListener("click", () => document.body.classList.remove("show-settings"));

@@ -47,7 +47,7 @@ export class Chat {
     }
     this.settings.showSystem(this.#current.system);
     this.#showAll();
-    document.body.classList.remove("show-list");
+    if (matchMedia("(max-width: 900px)").matches) document.body.classList.remove("show-list");
     if (matchMedia("(pointer: fine)").matches) this.box.focus();
   }
 

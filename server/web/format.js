@@ -61,7 +61,9 @@ export function visible(token) {
 export function describeStartup({ stage, done, total, eta_s: eta }) {
   const parts = [stage || "starting"];
   if (total > 0) parts[0] += ` ${big(done)} of ${big(total)}`;
-  if (typeof eta === "number" && eta >= 0) parts.push(`about ${duration(Math.max(1, Math.round(eta))).replace(".00", "").replace(/\.0 s$/, " s")} left`);
+  if (typeof eta === "number" && eta > 0) {
+    parts.push(`about ${eta < 60 ? `${Math.ceil(eta)} s` : duration(eta)} left`);
+  }
   return parts.join(", ");
 }
 

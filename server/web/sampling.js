@@ -2,15 +2,15 @@
 // server's default holds.
 
 export const FIELDS = [
-  { name: "temperature", label: "Temperature", min: 0, step: 0.1, hint: "0 is greedy" },
-  { name: "top_p", label: "Top p", above: 0, max: 1, step: 0.05, hint: "share of probability kept" },
-  { name: "top_k", label: "Top k", min: -1, integer: true, hint: "tokens kept; 0 or −1: all" },
-  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, hint: "relative to the likeliest" },
+  { name: "temperature", label: "Temperature", min: 0, step: 0.1, hint: "0: greedy" },
+  { name: "top_p", label: "Top p", above: 0, max: 1, step: 0.05, hint: "1: off" },
+  { name: "top_k", label: "Top k", min: -1, integer: true, hint: "−1: off" },
+  { name: "min_p", label: "Min p", min: 0, max: 1, step: 0.01, hint: "0: off" },
   { name: "max_tokens", label: "Longest answer", min: 1, integer: true, hint: "tokens" },
-  { name: "repetition_penalty", label: "Repetition penalty", above: 0, step: 0.05, hint: "1: none" },
-  { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, hint: "0: none" },
-  { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, hint: "0: none" },
-  { name: "seed", label: "Seed", integer: true, hint: "same seed, same text" },
+  { name: "repetition_penalty", label: "Repetition penalty", above: 0, step: 0.05, hint: "1: off" },
+  { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, hint: "0: off" },
+  { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, hint: "0: off" },
+  { name: "seed", label: "Seed", integer: true, hint: "for the same text again" },
 ];
 
 /** What is wrong with the text of one field; null if nothing. */
