@@ -57,9 +57,15 @@ export function visible(token) {
   return token.replaceAll(" ", "␣").replaceAll("\n", "↵").replaceAll("\t", "⇥").replaceAll("\r", "␍");
 }
 
+const STAGES = {
+  process: "starting the engine",
+  checkpoint: "reading the checkpoint",
+  weights: "loading weights",
+};
+
 /** What start-up has reached, in one line: "compiling 3 of 12, about 8 s left". */
 export function describeStartup({ stage, done, total, eta_s: eta }) {
-  const parts = [stage || "starting"];
+  const parts = [STAGES[stage] ?? stage];
   if (total > 0) parts[0] += ` ${big(done)} of ${big(total)}`;
   if (typeof eta === "number" && eta > 0) {
     parts.push(`about ${eta < 60 ? `${Math.ceil(eta)} s` : duration(eta)} left`);

@@ -10,7 +10,7 @@ export const FIELDS = [
   { name: "repetition_penalty", label: "Repetition penalty", above: 0, step: 0.05, hint: "1: off" },
   { name: "presence_penalty", label: "Presence penalty", min: -2, max: 2, step: 0.1, hint: "0: off" },
   { name: "frequency_penalty", label: "Frequency penalty", min: -2, max: 2, step: 0.1, hint: "0: off" },
-  { name: "seed", label: "Seed", integer: true, hint: "for the same text again" },
+  { name: "seed", label: "Seed", integer: true, hint: "any number" },
 ];
 
 /** What is wrong with the text of one field; null if nothing. */

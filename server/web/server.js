@@ -10,7 +10,7 @@ const POLL_MS = 1000;
 export class Server extends EventTarget {
   state = "starting";
   models = [];
-  startup = { stage: "", done: 0, total: 0, eta_s: null };
+  startup = { stage: "process", done: 0, total: 0, eta_s: null };
   #checking = false;
 
   get model() {
@@ -92,5 +92,5 @@ function bannerText({ state, startup }) {
     return apiKey.get() ? "The API key is not valid. Enter another in the settings." : "This server wants an API key. Enter it in the settings.";
   }
   if (state === "away") return "The server cannot be reached. Trying again…";
-  return `The model is starting: ${describeStartup(startup)}.`;
+  return `The model is not ready yet: ${describeStartup(startup)}.`;
 }

@@ -220,7 +220,8 @@ class TestBlocks:
             const depth = (node) => 1 + Math.max(0, ...Object.values(node ?? {}).filter((v) =>
                 typeof v === "object").map(depth));
             const deepest = Math.max(...[piece.repeat(20000), (piece + "\\n").repeat(5000),
-                piece.repeat(2000) + "](https://a.b)".repeat(2000)].map((text) =>
+                piece.repeat(2000) + "](https://a.b)".repeat(2000),
+                piece.repeat(2000) + "b* ".repeat(2000)].map((text) =>
                 depth(markdown.parseMarkdown(text))));
             return [deepest, performance.now() - began];"""
         deepest, milliseconds = js.run(code, piece=piece)
@@ -233,7 +234,7 @@ CUT_SHORT = "The connection closed before the answer was complete."
 
 class TestEventStream:
     STREAM = (
-        "\ufeff: hello\r\ndata: {\"a\": 1}\r\n\r\nevent: error\ndata:one\ndata: two\n\n"
+        "\ufeff: hello\r\ndata: {\"a\": 1}\r\n\r\nevent: error\r\ndata:one\r\ndata: two\n\n"
         "data\n\nid: 5\nretry: 9\n\ndata: u\u2028v\r\rdata: unfinished"
     )  # fmt: skip
 

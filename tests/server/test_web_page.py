@@ -10,14 +10,19 @@ import json
 import re
 import shutil
 import threading
-from collections.abc import Coroutine, Iterator
+import time
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aiohttp import web
 
+from server.app import create_app, create_runner
+from server.config import ServerConfig
 from server.web_files import add_web
+from tests.helpers.fake_engine_client import STORY, FakeEngineClient
+from tests.helpers.serving import demo_tokenizer, story
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 Page = sync_api.Page
@@ -144,8 +149,8 @@ def error(status: int, message: str, headers: dict[str, str] | None = None) -> w
     return web.json_response(body, status=status, headers=headers)
 
 
-def serve(app: web.Application) -> Iterator[str]:
-    """Serves the application from a thread; yields its address."""
+def serve(runner: web.AppRunner) -> Iterator[str]:
+    """Runs the application from a thread; yields its address."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
@@ -153,7 +158,6 @@ def serve(app: web.Application) -> Iterator[str]:
     def wait_for(work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, loop).result(10)
 
-    runner = web.AppRunner(app, shutdown_timeout=0.1, handler_cancellation=True)
     wait_for(runner.setup())
     wait_for(web.TCPSite(runner, "127.0.0.1", 0).start())
     yield f"http://127.0.0.1:{runner.addresses[0][1]}"
@@ -188,7 +192,7 @@ def api() -> FakeApi:
 
 @pytest.fixture
 def address(api: FakeApi) -> Iterator[str]:
-    yield from serve(api.app())
+    yield from serve(web.AppRunner(api.app(), shutdown_timeout=0.1, handler_cancellation=True))
 
 
 @pytest.fixture
@@ -215,6 +219,13 @@ def say(page: Page, text: str) -> None:
 
 def wait_for_answer(page: Page) -> None:
     expect(page.locator(".assistant").last).to_have_attribute("aria-busy", "false")
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def button(page: Page, name: str) -> Any:
@@ -460,7 +471,7 @@ class TestServer:
         page = browser.new_page()
         page.goto(address)
         expect(page.locator("#banner")).to_have_text(
-            "The model is starting: compiling 3 of 12, about 8 s left."
+            "The model is not ready yet: compiling 3 of 12, about 8 s left."
         )
         expect(page.locator("#send")).to_be_disabled()
         assert page.locator("progress").evaluate("(bar) => bar.value / bar.max") == 0.25
@@ -591,3 +602,68 @@ class TestLooks:
                ).map((e) => e.outerHTML)"""
         )
         assert nameless == []
+
+
+class TestRealRoutes:
+    """The server's own routes behind the page, with an engine that tells a story."""
+
+    @pytest.fixture
+    def engine(self) -> FakeEngineClient:
+        return FakeEngineClient(list(story()), step_s=0.002)
+
+    @pytest.fixture
+    def address(self, engine: FakeEngineClient) -> Iterator[str]:
+        config = ServerConfig(api_keys=("right",))
+        yield from serve(create_runner(create_app(config, engine, demo_tokenizer(), ["demo"])))
+
+    @pytest.fixture(autouse=True)
+    def key(self, page: Page) -> None:
+        expect(page.locator("#banner")).to_contain_text("wants an API key")
+        button(page, "Settings").click()
+        page.get_by_label("API key").fill("right")
+        page.get_by_label("Longest answer").fill("20")
+        page.get_by_label("Temperature").fill("0")
+        expect(page.locator("#send")).to_be_enabled()
+
+    def test_chat(self, page: Page) -> None:
+        say(page, "Hi")
+        wait_for_answer(page)
+        told = page.locator(".assistant .body").inner_text().strip()
+        assert len(told) > 10
+        assert told in STORY * 2
+        expect(page.locator(".assistant .stats")).to_contain_text("20 tokens")
+        expect(page.locator(".assistant .stats")).to_contain_text("cut at the longest length")
+
+    def test_stopping_frees_the_engine(self, page: Page, engine: FakeEngineClient) -> None:
+        engine.frozen = True
+        say(page, "Hi")
+        page.wait_for_function("document.querySelector('.assistant')")
+        wait_until(lambda: len(engine.live) == 1)
+        page.keyboard.press("Escape")
+        wait_until(lambda: not engine.live)
+
+    def test_a_prompt_that_is_too_long_is_explained(self, page: Page) -> None:
+        say(page, "long " * 3000)
+        expect(page.get_by_role("alert")).to_contain_text("2048")
+
+    def test_completion_with_alternatives(self, page: Page) -> None:
+        page.get_by_role("tab", name="Completion").click()
+        page.get_by_label("Text to go on from").fill("Once")
+        page.get_by_role("spinbutton", name="Tokens").fill("12")
+        button(page, "Complete").click()
+        expect(page.locator("#completion-stats")).to_contain_text("12 tokens")
+        expect(page.locator(".token")).to_have_count(12)
+        page.locator(".token").nth(3).hover()
+        assert page.get_by_role("tooltip").locator("li").count() >= 5
+
+    def test_tokens_there_and_back(self, page: Page) -> None:
+        page.get_by_role("tab", name="Tokenizer").click()
+        text = "Once upon a time: café 🙂"
+        page.get_by_label("Text", exact=True).fill(text)
+        ids = ", ".join(map(str, demo_tokenizer().encode(text, add_special_tokens=True)))
+        expect(page.get_by_label("Token ids")).to_have_value(ids)
+        expect(page.locator(".piece").first).to_have_text("Once")
+        page.get_by_label("Text", exact=True).fill("")
+        expect(page.get_by_label("Token ids")).to_have_value("")
+        page.get_by_label("Token ids").fill(ids)
+        expect(page.get_by_label("Text", exact=True)).to_have_value(text)
