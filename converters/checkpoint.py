@@ -68,7 +68,7 @@ class Checkpoint(ABC):
             tree: ``decoder.declare`` of ``config``, or of what ``decoder.for_tensor_parallel``
                 made of it.
             specs: by path, how a weight is split over the mesh.
-            dtype: what the weights are cast to.
+            dtype: what the weights are cast to, but for those that have a dtype of their own.
             progress: called after each weight.
 
         Raises:
@@ -109,7 +109,8 @@ class HuggingFaceCheckpoint(Checkpoint):
         }
 
         def place(path: str) -> jax.Array:
-            return _place(arrays[path], NamedSharding(mesh, specs[path]), np.dtype(dtype))
+            own = tree[path].dtype_in(np.dtype(dtype))
+            return _place(arrays[path], NamedSharding(mesh, specs[path]), own)
 
         params: Params = {}
         done, total = 0, sum(array.nbytes for array in arrays.values())

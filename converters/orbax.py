@@ -146,7 +146,7 @@ class OrbaxCheckpoint(Checkpoint):
         targets = {
             _key(path): jax.ShapeDtypeStruct(
                 param.shape,
-                dtype,
+                param.dtype_in(jnp.dtype(dtype)),
                 sharding=shardings[path]
                 if param.shape == tree[path].shape
                 else _split_anywhere(mesh, param.shape),

@@ -83,7 +83,9 @@ def build(wanted: EngineConfig, checkpoint: Checkpoint, timeline: Timeline) -> B
     tree = decoder.declare(model)
     specs = model_params.partition_specs(tree, LOGICAL_TO_MESH, mesh.shape)
     weights = {
-        path: jax.ShapeDtypeStruct(param.shape, dtype, sharding=NamedSharding(mesh, specs[path]))
+        path: jax.ShapeDtypeStruct(
+            param.shape, param.dtype_in(dtype), sharding=NamedSharding(mesh, specs[path])
+        )
         for path, param in tree.items()
     }
     given = fraction if facts.platform == "gpu" else 1.0  # other allocators have all memory

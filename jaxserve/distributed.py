@@ -11,7 +11,9 @@ from jaxserve.errors import ConfigError
 TENSOR = "tensor"
 """The mesh axis of tensor parallelism."""
 
-LOGICAL_TO_MESH: dict[str, str] = {"vocab": TENSOR, "kv_heads": TENSOR, "ffn": TENSOR}
+LOGICAL_TO_MESH: dict[str, str] = dict.fromkeys(
+    ("vocab", "kv_heads", "heads", "experts", "ffn"), TENSOR
+)
 
 
 def make_mesh(tensor_parallel_size: int) -> Mesh:
@@ -32,6 +34,15 @@ def make_mesh(tensor_parallel_size: int) -> Mesh:
 def reduce_sum(x: jax.Array) -> jax.Array:
     """Sums partial results over the tensor-parallel devices; identity with one device."""
     return jax.lax.psum(x, TENSOR) if tensor_parallel_size() > 1 else x
+
+
+def local_part(whole: jax.Array) -> jax.Array:
+    """This device's part of an array [heads, ...] that is split evenly over the devices."""
+    size = tensor_parallel_size()
+    if size == 1:
+        return whole
+    count = whole.shape[0] // size
+    return jax.lax.dynamic_slice_in_dim(whole, jax.lax.axis_index(TENSOR) * count, count)
 
 
 def reduce_terms(terms: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxserve.errors import ConfigError
 from jaxserve.log import logger
-from jaxserve.model.config import ModelConfig
+from jaxserve.model.config import AttentionSpec, ModelConfig
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.lab import gates
 from pallas_kernels.lab.ops import Candidate, Op, find_candidate, find_op
@@ -82,5 +82,6 @@ def layer_shapes(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> list[L
             dtype=dtype.name,
         )
         for layer in model.layers
+        if isinstance(layer.attention, AttentionSpec)
     )
     return list(dict.fromkeys(shapes))

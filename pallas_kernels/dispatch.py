@@ -18,7 +18,9 @@ class Kernels:
     """
 
     add_rms_norm: Implementation | None = None
+    expert_ffn: Implementation | None = None
     fused_linear: Implementation | None = None
+    latent_attention: Implementation | None = None
     paged_attention: Implementation | None = None
     rope_kv_write: Implementation | None = None
 

@@ -124,7 +124,8 @@ def config(
     mlp = MLPSpec(
         fields.integer("intermediate_size", maximum=MAX_WIDTH),
         fields.choice("hidden_act", ACTIVATIONS, "silu"),  # type: ignore[arg-type]
-        bias=mlp_bias,
+        up_bias=mlp_bias,
+        down_bias=mlp_bias,
     )
 
     def layer(window: int | None) -> LayerSpec:

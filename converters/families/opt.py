@@ -45,7 +45,8 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         fields.integer("ffn_dim", maximum=MAX_WIDTH),
         fields.choice("activation_function", ACTIVATIONS, "relu"),  # type: ignore[arg-type]
         gated=False,
-        bias=bias,
+        up_bias=bias,
+        down_bias=bias,
     )
     layer = LayerSpec(attention, mlp, norm, "pre" if norm_before else "post")
     without_final_norm = fields.boolean("_remove_final_layer_norm", False)

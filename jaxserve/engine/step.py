@@ -133,11 +133,12 @@ class StepPrograms:
 
         more = (WHOLE,) if hidden else ()
         if self._mesh.size > 1:
+            cache = kv_cache.partitions(model)
             forward = jax.shard_map(
                 forward,
                 mesh=self._mesh,
-                in_specs=(self._specs, kv_cache.PARTITION, WHOLE, WHOLE, WHOLE),
-                out_specs=(kv_cache.PARTITION, WHOLE, self._logits_spec, *more, WHOLE),
+                in_specs=(self._specs, cache, WHOLE, WHOLE, WHOLE),
+                out_specs=(cache, WHOLE, self._logits_spec, *more, WHOLE),
                 check_vma=False,
             )
         table, last_token = state.page_table, state.sampler.last_token

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-import jax
+import math
 
-from jaxserve.distributed import reduce_terms
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxserve.distributed import local_part, reduce_terms
 from jaxserve.model import kv_cache, norms, rope
 from jaxserve.model.config import AttentionSpec
 from jaxserve.model.inputs import StepInputs
 from jaxserve.model.params import Param, Params, prefixed
 from jaxserve.quant import linear_terms
 from pallas_kernels.dispatch import CHOOSE, Kernels
-from pallas_kernels.paged_attention import paged_attention
+from pallas_kernels.paged_attention import Variant, paged_attention
 from pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
 
 
@@ -29,6 +33,8 @@ def declare(spec: AttentionSpec, hidden_size: int) -> dict[str, Param]:
         tree["qkv_bias"] = Param((kv, group + 2, size), ("kv_heads", None, None), "zeros")
     if spec.out_bias:
         tree["out_bias"] = Param((hidden_size,), (None,), "zeros")
+    if spec.sinks:
+        tree["sinks"] = Param((spec.num_heads,), ("heads",), "zeros")
     if spec.qk_norm is not None:
         tree |= prefixed("q_norm", norms.declare(spec.qk_norm, size))
         tree |= prefixed("k_norm", norms.declare(spec.qk_norm, size))
@@ -50,6 +56,7 @@ def apply(
         Terms [S, T, hidden] whose sum is the output, and the layer's cache with this step's keys
         and values written.
     """
+    k_pages, v_pages = cache
     qkv = linear_terms(x, params["qkv"], kernels.fused_linear)
     if spec.qkv_bias:
         qkv = qkv.sum(0, keepdims=True) + params["qkv_bias"]
@@ -60,12 +67,16 @@ def apply(
         qkv,
         cos_sin,
         head_norm,
-        *cache,
+        k_pages,
+        v_pages,
         inputs.write_page,
         inputs.write_slot,
         dtype=x.dtype,
         implementation=kernels.rope_kv_write,
     )
+    if spec.log_length is not None:
+        grown = jnp.log(inputs.positions + 1.0) / math.log(spec.log_length)
+        q = (q * jnp.maximum(grown, 1.0)[:, None, None]).astype(x.dtype)
     o = paged_attention(
         q,
         k_pages,
@@ -75,7 +86,28 @@ def apply(
         scale=spec.scale,
         sliding_window=spec.sliding_window,
         implementation=kernels.paged_attention,
+        variant=_variant(spec, params),
     )
     o = o.reshape(-1, *params["out"].shape[1:])
     terms = linear_terms(o, params["out"], kernels.fused_linear)
     return reduce_terms(terms, params.get("out_bias")), (k_pages, v_pages)
+
+
+def _variant(spec: AttentionSpec, params: Params) -> Variant | None:
+    """What the family changes of the scores."""
+    if spec.softcap is None and not spec.sinks and not spec.alibi:
+        return None
+    slopes = local_part(jnp.asarray(alibi_slopes(spec.num_heads))) if spec.alibi else None
+    return Variant(slopes, params.get("sinks"), spec.softcap)
+
+
+def alibi_slopes(num_heads: int) -> np.ndarray:
+    """The slope of each head, float32 [num_heads] (Press et al. 2022, arXiv:2108.12409, section 3).
+
+    For n heads, a power of two, they are 2^(-8/n), 2^(-16/n), ... For other numbers the authors'
+    code takes those of the power below, then every second one of the power above.
+    """
+    below = 1 << (num_heads.bit_length() - 1)
+    exponents = [-8 * (i + 1) / below for i in range(below)]
+    exponents += [-4 * (2 * i + 1) / below for i in range(num_heads - below)]
+    return np.exp2(np.array(exponents)).astype(np.float32)

@@ -19,16 +19,18 @@ class RopeScaling:
     """How rotary frequencies are changed for contexts longer than the trained ones.
 
     Attributes:
-        kind: "linear", "dynamic" (NTK by length), "yarn" or "llama3".
+        kind: "linear", "dynamic" (NTK by length), "yarn", "llama3", "longrope" (one factor per
+            pair, another set for long prompts) or "qwen" (Qwen 1's NTK by the prompt's length).
         factor: how many times longer the context becomes.
         original_max_len: the length that the model was first trained for, in tokens.
         low_freq_factor, high_freq_factor: llama3's band edges.
         beta_fast, beta_slow: yarn's band edges, in rotations over the original length.
         truncate: yarn rounds its band edges to whole dimensions.
-        attention_factor: yarn's multiplier of cos and sin.
+        attention_factor: yarn's and longrope's multiplier of cos and sin.
+        short_factors, long_factors: longrope's divisors of the frequencies, one per rotated pair.
     """
 
-    kind: Literal["linear", "dynamic", "yarn", "llama3"]
+    kind: Literal["linear", "dynamic", "yarn", "llama3", "longrope", "qwen"]
     factor: float
     original_max_len: int
     low_freq_factor: float = 1.0
@@ -37,6 +39,13 @@ class RopeScaling:
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
+    short_factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+
+    @property
+    def by_length(self) -> bool:
+        """Whether a token's angles depend on the length of its request, not on its place alone."""
+        return self.kind in ("dynamic", "longrope", "qwen")
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,8 @@ class RopeSpec:
     """Rotary position embedding on the first ``rotary_size`` dimensions of each head.
 
     Rotated pairs are (i, i + rotary_size / 2), the "half-split" order of GPT-NeoX and Llama.
+    Checkpoints with pairs (2i, 2i + 1) are brought to this order when they are loaded: scores don't
+    change when queries and keys are permuted alike.
     """
 
     theta: float
@@ -53,10 +64,20 @@ class RopeSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """RMSNorm ("rms") or LayerNorm with bias ("layer")."""
+    """RMSNorm ("rms") or LayerNorm.
+
+    Attributes:
+        kind: which.
+        eps: added to the mean square or the variance.
+        bias: whether a LayerNorm adds one.
+        wide_scale: the scale is kept in float32 whatever the weights' dtype, for families whose
+            scale is one plus the checkpoint's weight.
+    """
 
     kind: Literal["rms", "layer"]
     eps: float
+    bias: bool = True
+    wide_scale: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,10 +87,14 @@ class AttentionSpec:
     Attributes:
         num_heads, num_kv_heads, head_size: num_heads is a multiple of num_kv_heads.
         scale: multiplies the scores (usually head_size ** -0.5).
-        rope: None for models with learned positions.
+        rope: None for models with learned positions or ALiBi.
         sliding_window: a token sees this many tokens, itself included; None sees all.
         qkv_bias, out_bias: whether the projections have biases.
         qk_norm: RMSNorm over head_size on each query and key head, before rope.
+        softcap: scores become softcap * tanh(score / softcap); None for none.
+        sinks: each head has a learned logit that takes part in the softmax and adds no value.
+        alibi: ALiBi (Press et al. 2022, arXiv:2108.12409) with the slopes of ``alibi_slopes``.
+        log_length: queries at positions p >= log_length grow by log(p + 1) / log(log_length).
     """
 
     num_heads: int
@@ -81,6 +106,61 @@ class AttentionSpec:
     qkv_bias: bool = False
     out_bias: bool = False
     qk_norm: NormSpec | None = None
+    softcap: float | None = None
+    sinks: bool = False
+    alibi: bool = False
+    log_length: int | None = None
+
+    @property
+    def cached(self) -> tuple[tuple[int, int], ...]:
+        """(heads, size) of each vector that the cache keeps of a token: its keys and values."""
+        return ((self.num_kv_heads, self.head_size),) * 2
+
+
+@dataclass(frozen=True)
+class LatentAttentionSpec:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1).
+
+    Each token's keys and values of all heads are linear maps of one latent vector, which is what
+    the cache holds, together with one rotated key that all heads share.
+
+    Attributes:
+        num_heads: query heads.
+        latent_size: width of the latent, kv_lora_rank.
+        nope_size, rope_size: dimensions of a head's query and key without and with rope.
+        value_size: dimensions of a head's value.
+        scale: multiplies the scores.
+        rope: over rope_size dimensions.
+        norm: RMSNorm of the latents.
+        query_latent_size: width of the queries' own latent, q_lora_rank; None maps directly.
+        bias: whether the maps into the latents have biases.
+    """
+
+    num_heads: int
+    latent_size: int
+    nope_size: int
+    rope_size: int
+    value_size: int
+    scale: float
+    rope: RopeSpec
+    norm: NormSpec
+    query_latent_size: int | None = None
+    bias: bool = False
+    sliding_window: None = None
+    num_kv_heads: Literal[1] = 1
+
+    @property
+    def head_size(self) -> int:
+        """Width of what queries are multiplied with in the cache."""
+        return self.latent_size + self.rope_size
+
+    @property
+    def cached(self) -> tuple[tuple[int, int], ...]:
+        """(heads, size) of what the cache keeps of a token: its latent and its rotated key."""
+        return ((1, self.head_size),)
+
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu"]
 
 
 @dataclass(frozen=True)
@@ -88,19 +168,82 @@ class MLPSpec:
     """A feed-forward network: down(act(up(x))), or down(act(gate(x)) * up(x)) if gated."""
 
     intermediate_size: int
-    activation: Literal["silu", "gelu", "gelu_tanh", "relu"]
+    activation: Activation
     gated: bool = True
+    up_bias: bool = False
+    down_bias: bool = False
+
+
+@dataclass(frozen=True)
+class RouterSpec:
+    """How a token chooses its experts and weighs them.
+
+    Attributes:
+        top_k: experts per token.
+        scores: "softmax" over all experts, or "sigmoid" of each.
+        normalize: the chosen weights are divided by their sum (after a softmax, this is the
+            softmax over the chosen logits alone).
+        scale: multiplies the weights.
+        bias: a bias is added to the logits.
+        correction: a learned correction is added to the scores for the choice, but not to the
+            weights (DeepSeek-V3, arXiv:2412.19437, section 2.1.2).
+        groups, top_groups: experts are chosen among the best ``top_groups`` of ``groups`` groups.
+        group_score: a group is as good as its best expert ("max") or its best two together
+            ("top2").
+    """
+
+    top_k: int
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    normalize: bool = False
+    scale: float = 1.0
     bias: bool = False
+    correction: bool = False
+    groups: int = 1
+    top_groups: int = 1
+    group_score: Literal["max", "top2"] = "max"
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """A mixture of experts: each token goes through ``router.top_k`` of them.
+
+    Attributes:
+        num_experts: of the same shape.
+        intermediate_size: of each expert, which is a gated network.
+        router: the choice.
+        activation: of an expert's gate; "clamped_silu" is gpt-oss's, see ``expert_ffn``.
+        bias: whether experts have biases.
+        shared: a network that every token goes through besides.
+        shared_gate: its output is weighed by the sigmoid of a linear map of the token.
+    """
+
+    num_experts: int
+    intermediate_size: int
+    router: RouterSpec
+    activation: Activation | Literal["clamped_silu"] = "silu"
+    bias: bool = False
+    shared: MLPSpec | None = None
+    shared_gate: bool = False
 
 
 @dataclass(frozen=True)
 class LayerSpec:
-    """One decoder layer. "pre" norms come before each half and "post" norms after its residual."""
+    """One decoder layer: attention, then a feed-forward network, each with a residual connection.
 
-    attention: AttentionSpec
-    ffn: MLPSpec
+    Attributes:
+        attention, ffn: the halves.
+        norm: the kind of its norms.
+        norm_order: "pre" norms stand before each half, "post" norms after its residual, "sandwich"
+            has one before each half and one on its output.
+        parallel: both halves read the layer's input: "one_norm" shares a norm between them,
+            "two_norms" has one for each. None runs one after the other.
+    """
+
+    attention: AttentionSpec | LatentAttentionSpec
+    ffn: MLPSpec | MoESpec
     norm: NormSpec
-    norm_order: Literal["pre", "post"] = "pre"
+    norm_order: Literal["pre", "post", "sandwich"] = "pre"
+    parallel: Literal["one_norm", "two_norms"] | None = None
 
 
 @dataclass(frozen=True)
@@ -125,7 +268,10 @@ class ModelConfig:
         tie_word_embeddings: the logits reuse the embedding table.
         embedding_size: width of the embedding table; where it differs from hidden_size, linear
             maps without bias stand after the embedding and before the logits.
-        learned_positions: None for models with rope.
+        learned_positions: None for models with rope or ALiBi.
+        embedding_scale: multiplies the embeddings, rounded to their dtype.
+        embedding_norm: stands after the embedding; None for none.
+        logit_softcap: logits become softcap * tanh(logit / softcap); None for none.
         dtype: the checkpoint's own dtype, "float32", "bfloat16" or "float16".
     """
 
@@ -138,6 +284,9 @@ class ModelConfig:
     tie_word_embeddings: bool
     embedding_size: int
     learned_positions: LearnedPositions | None = None
+    embedding_scale: float = 1.0
+    embedding_norm: NormSpec | None = None
+    logit_softcap: float | None = None
     dtype: str = "float32"
 
     @property
@@ -148,11 +297,11 @@ class ModelConfig:
 
     @property
     def dynamic_rope_len(self) -> int | None:
-        """Prompts longer than this rotate keys by their own length (dynamic NTK); None if none."""
+        """Prompts longer than this rotate keys by their own length; None if none do."""
         lens = [
             spec.scaling.original_max_len
             for spec in self.rope_specs
-            if spec.scaling is not None and spec.scaling.kind == "dynamic"
+            if spec.scaling is not None and spec.scaling.by_length
         ]
         return min(lens, default=None)
 
@@ -168,9 +317,15 @@ class ModelConfig:
 
 def _from_plain(kind: Any, value: Any) -> Any:
     """Rebuilds nested dataclasses and tuples from JSON's dicts and lists, by the annotations."""
+    if value is None:
+        return None
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
-        (kind,) = (arm for arm in typing.get_args(kind) if arm is not type(None))
-        return None if value is None else _from_plain(kind, value)
+        arms = [arm for arm in typing.get_args(kind) if arm is not type(None)]
+        specs = [arm for arm in arms if dataclasses.is_dataclass(arm)]
+        if not isinstance(value, dict) or not specs:
+            return _from_plain(arms[0], value)
+        # Specs that stand in one place differ in the names of their fields.
+        kind = next(a for a in specs if value.keys() <= {f.name for f in dataclasses.fields(a)})
     if typing.get_origin(kind) is tuple:
         return tuple(_from_plain(typing.get_args(kind)[0], item) for item in value)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxserve.distributed import TENSOR, reduce_sum
 from jaxserve.errors import ConfigError
-from jaxserve.model import attention, ffn, norms, rope
-from jaxserve.model.config import AttentionSpec, LayerSpec, ModelConfig
+from jaxserve.model import attention, ffn, mla, moe, norms, rope
+from jaxserve.model.config import (
+    AttentionSpec,
+    LatentAttentionSpec,
+    LayerSpec,
+    MLPSpec,
+    ModelConfig,
+    MoESpec,
+)
 from jaxserve.model.inputs import StepInputs
 from jaxserve.model.kv_cache import KVCache, LayerCache
 from jaxserve.model.params import Param, Params, prefixed, under
 from jaxserve.model.residual import Residual
 from jaxserve.quant import linear
 from pallas_kernels.dispatch import CHOOSE, Kernels
+
+ATTENTION: dict[type, Any] = {AttentionSpec: attention, LatentAttentionSpec: mla}
+FFN: dict[type, Any] = {MLPSpec: ffn, MoESpec: moe}
+"""The module of each kind of half, with its ``declare`` and ``apply``."""
 
 
 def declare(config: ModelConfig) -> dict[str, Param]:
@@ -30,6 +42,8 @@ def declare(config: ModelConfig) -> dict[str, Param]:
     if width != hidden:
         tree["embed/project_in"] = Param((hidden, width), (None, None))
         tree["head/project_out"] = Param((width, hidden), (None, None))
+    if config.embedding_norm is not None:
+        tree |= prefixed("embed/norm", norms.declare(config.embedding_norm, hidden))
     for index, layer in enumerate(config.layers):
         tree |= prefixed(f"layers/{index}", _declare_layer(layer, hidden))
     if config.final_norm is not None:
@@ -40,42 +54,63 @@ def declare(config: ModelConfig) -> dict[str, Param]:
 
 
 def _declare_layer(layer: LayerSpec, hidden: int) -> dict[str, Param]:
-    return (
-        prefixed("attention_norm", norms.declare(layer.norm, hidden))
-        | prefixed("attention", attention.declare(layer.attention, hidden))
-        | prefixed("ffn_norm", norms.declare(layer.norm, hidden))
-        | prefixed("ffn", ffn.declare(layer.ffn, hidden))
-    )
+    tree = prefixed("attention", ATTENTION[type(layer.attention)].declare(layer.attention, hidden))
+    tree |= prefixed("ffn", FFN[type(layer.ffn)].declare(layer.ffn, hidden))
+    names = ["attention_norm", "ffn_norm"]
+    if layer.parallel == "one_norm":
+        names = ["attention_norm"]
+    if layer.norm_order == "sandwich":
+        names += ["attention_out_norm", "ffn_out_norm"]
+    for name in names:
+        tree |= prefixed(name, norms.declare(layer.norm, hidden))
+    return tree
 
 
 def for_tensor_parallel(config: ModelConfig, size: int) -> ModelConfig:
     """The config whose KV heads split evenly over ``size`` devices, repeated where too few.
 
     Raises:
-        ConfigError: heads or feed-forward width don't divide.
+        ConfigError: heads, feed-forward width or experts don't divide.
     """
 
-    def divides(spec: AttentionSpec, size: int) -> bool:
+    def split(layer: LayerSpec) -> LayerSpec:
+        spec, ffn_spec = _split_heads(layer.attention, size), layer.ffn
+        experts = ffn_spec.num_experts if isinstance(ffn_spec, MoESpec) else 1
+        if experts % size and ffn_spec.intermediate_size % size:
+            whose = f" or the {experts} experts" if isinstance(ffn_spec, MoESpec) else ""
+            raise ConfigError(
+                f"tensor_parallel_size={size} doesn't divide the feed-forward width "
+                f"{ffn_spec.intermediate_size}{whose}; use a divisor of it."
+            )
+        shared = ffn_spec.shared if isinstance(ffn_spec, MoESpec) else None
+        if shared is not None and shared.intermediate_size % size:
+            raise ConfigError(
+                f"tensor_parallel_size={size} doesn't divide the shared expert's width "
+                f"{shared.intermediate_size}; use a divisor of it."
+            )
+        return dataclasses.replace(layer, attention=spec)
+
+    return dataclasses.replace(config, layers=tuple(split(layer) for layer in config.layers))
+
+
+def _split_heads(
+    spec: AttentionSpec | LatentAttentionSpec, size: int
+) -> AttentionSpec | LatentAttentionSpec:
+    def divides(size: int) -> bool:
+        if isinstance(spec, LatentAttentionSpec):
+            return spec.num_heads % size == 0
         kv = max(spec.num_kv_heads, size)
         return not (kv % size or kv % spec.num_kv_heads or spec.num_heads % kv)
 
-    def split(layer: LayerSpec) -> LayerSpec:
-        spec = layer.attention
-        if not divides(spec, size):
-            usable = [str(n) for n in range(1, spec.num_heads + 1) if divides(spec, n)]
-            raise ConfigError(
-                f"tensor_parallel_size={size} doesn't divide {spec.num_heads} attention heads and "
-                f"{spec.num_kv_heads} KV heads; use {', '.join(usable)}."
-            )
-        if layer.ffn.intermediate_size % size:
-            raise ConfigError(
-                f"tensor_parallel_size={size} doesn't divide the feed-forward width "
-                f"{layer.ffn.intermediate_size}; use a divisor of it."
-            )
-        kv = max(spec.num_kv_heads, size)
-        return dataclasses.replace(layer, attention=dataclasses.replace(spec, num_kv_heads=kv))
-
-    return dataclasses.replace(config, layers=tuple(split(layer) for layer in config.layers))
+    if not divides(size):
+        usable = [str(n) for n in range(1, spec.num_heads + 1) if divides(n)]
+        raise ConfigError(
+            f"tensor_parallel_size={size} doesn't divide {spec.num_heads} attention heads and "
+            f"{spec.num_kv_heads} KV heads; use {', '.join(usable)}."
+        )
+    if isinstance(spec, LatentAttentionSpec):
+        return spec  # every device holds the latents
+    return dataclasses.replace(spec, num_kv_heads=max(spec.num_kv_heads, size))
 
 
 def forward(
@@ -112,7 +147,10 @@ def forward_with_hidden(
 
 def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
     """The logits float32 [N, vocab] of final hidden states [N, embedding_size]."""
-    return linear(hidden, params[head_weight(config)], out_dtype=jnp.float32)
+    scores = linear(hidden, params[head_weight(config)], out_dtype=jnp.float32)
+    if config.logit_softcap is not None:
+        scores = config.logit_softcap * jnp.tanh(scores / config.logit_softcap)
+    return scores
 
 
 def head_weight(config: ModelConfig) -> str:
@@ -148,10 +186,14 @@ def _embed(config: ModelConfig, params: Params, inputs: StepInputs) -> jax.Array
         x = reduce_sum(jnp.where(here[:, None], table[jnp.where(here, ids, 0)], 0))
     else:
         x = table[ids]
+    if config.embedding_scale != 1.0:
+        x = x * config.embedding_scale
     if "embed/project_in" in params:
         x = linear(x, params["embed/project_in"])
     if config.learned_positions is not None:
         x = x + params["embed/positions"][inputs.positions + config.learned_positions.offset]
+    if config.embedding_norm is not None:
+        x = norms.apply(config.embedding_norm, under("embed/norm", params), x)
     return x
 
 
@@ -165,24 +207,38 @@ def _layer(
     inputs: StepInputs,
     cos_sin: rope.CosSin | None,
 ) -> tuple[Residual, LayerCache]:
+    def attend(h: jax.Array) -> tuple[jax.Array, LayerCache]:
+        own = under("attention", weights)
+        apply = ATTENTION[type(layer.attention)].apply
+        return apply(layer.attention, own, h, cache, inputs, cos_sin, kernels)
+
+    def feed_forward(h: jax.Array) -> jax.Array:
+        return FFN[type(layer.ffn)].apply(layer.ffn, under("ffn", weights), h, kernels)
+
     def before(which: str, residual: Residual) -> tuple[Residual, jax.Array]:
         if layer.norm_order == "post":
             return residual, residual.x
         return residual.normalized(layer.norm, under(which, weights), kernels)
 
     def after(which: str, residual: Residual, delta: jax.Array) -> Residual:
+        if layer.norm_order == "sandwich":
+            out_norm = under(which.replace("_norm", "_out_norm"), weights)
+            delta = norms.apply(layer.norm, out_norm, delta.sum(0).astype(residual.x.dtype))[None]
         residual = Residual(residual.x, delta)
-        if layer.norm_order == "pre":
-            return residual
-        return Residual(residual.normalized(layer.norm, under(which, weights), kernels)[1])
+        if layer.norm_order == "post":
+            residual = Residual(residual.normalized(layer.norm, under(which, weights), kernels)[1])
+        return residual
 
     residual, h = before("attention_norm", residual)
-    h, cache = attention.apply(
-        layer.attention, under("attention", weights), h, cache, inputs, cos_sin, kernels
-    )
+    if layer.parallel is not None:
+        same = layer.parallel == "one_norm"
+        ffn_input = h if same else norms.apply(layer.norm, under("ffn_norm", weights), residual.x)
+        h, new_cache = attend(h)
+        terms = jnp.concatenate([h, feed_forward(ffn_input)])
+        return Residual(residual.x, terms), new_cache
+    h, new_cache = attend(h)
     residual, h = before("ffn_norm", after("attention_norm", residual, h))
-    h = ffn.apply(layer.ffn, under("ffn", weights), h, kernels)
-    return after("ffn_norm", residual, h), cache
+    return after("ffn_norm", residual, feed_forward(h)), new_cache
 
 
 def _final(config: ModelConfig, kernels: Kernels, params: Params, residual: Residual) -> jax.Array:

@@ -15,7 +15,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Params = dict[str, jax.Array]
@@ -29,11 +28,13 @@ class Param:
         shape: its full shape, before sharding.
         axes: a logical axis name per dimension, or None where it is never split.
         init: "normal" (standard deviation 0.02), "ones" or "zeros", for random weights.
+        dtype: its dtype where the model's is too coarse; None takes the model's.
     """
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
     init: Literal["normal", "ones", "zeros"] = "normal"
+    dtype: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.shape) != len(self.axes):
@@ -43,6 +44,10 @@ class Param:
     def size(self) -> int:
         """Number of elements."""
         return math.prod(self.shape)
+
+    def dtype_in(self, model: jnp.dtype) -> jnp.dtype:
+        """Its dtype in a model of that dtype."""
+        return model if self.dtype is None else jnp.dtype(self.dtype)
 
 
 def prefixed(prefix: str, tree: Mapping[str, Param]) -> dict[str, Param]:
@@ -58,7 +63,10 @@ def under(prefix: str, params: Mapping[str, jax.Array]) -> Params:
 
 def abstract(tree: Mapping[str, Param], dtype: jnp.dtype) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes only, for ``jax.eval_shape`` and lowering."""
-    return {path: jax.ShapeDtypeStruct(param.shape, dtype) for path, param in tree.items()}
+    return {
+        path: jax.ShapeDtypeStruct(param.shape, param.dtype_in(dtype))
+        for path, param in tree.items()
+    }
 
 
 def partition_specs(
@@ -66,16 +74,17 @@ def partition_specs(
 ) -> dict[str, PartitionSpec]:
     """Where each weight's dimensions are split: logical axes translated by the ``rules`` table.
 
-    A dimension whose size its mesh axis doesn't divide stays whole on every device.
+    A dimension whose size its mesh axis doesn't divide stays whole on every device. Of several
+    that could be split over one mesh axis, the first is.
     """
 
     def spec(param: Param) -> PartitionSpec:
-        mesh_axes = [rules.get(axis or "") for axis in param.axes]
-        fits = [
-            axis if axis is not None and size % mesh_shape[axis] == 0 else None
-            for axis, size in zip(mesh_axes, param.shape)
-        ]
-        return PartitionSpec(*fits)
+        taken: list[str | None] = []
+        for name, size in zip(param.axes, param.shape):
+            axis = rules.get(name or "")
+            fits = axis is not None and axis not in taken and size % mesh_shape[axis] == 0
+            taken.append(axis if fits else None)
+        return PartitionSpec(*taken)
 
     return {path: spec(param) for path, param in tree.items()}
 
@@ -90,9 +99,10 @@ def random_params(
     """Random weights made on the devices, each shard where it belongs."""
 
     def make(key: jax.Array, param: Param) -> jax.Array:
+        own = param.dtype_in(dtype)
         if param.init == "normal":
-            return (jax.random.normal(key, param.shape, jnp.bfloat16) * 0.02).astype(dtype)
-        return jnp.full(param.shape, 1 if param.init == "ones" else 0, dtype)
+            return (jax.random.normal(key, param.shape, jnp.bfloat16) * 0.02).astype(own)
+        return jnp.full(param.shape, 1 if param.init == "ones" else 0, own)
 
     # One small program per distinct weight shape, instead of one huge one for the model.
     programs: dict[tuple, jax.stages.Wrapped] = {}
@@ -108,4 +118,4 @@ def random_params(
 
 def num_bytes(tree: Mapping[str, Param], dtype: jnp.dtype) -> int:
     """Bytes of all weights together, unsharded."""
-    return sum(param.size for param in tree.values()) * np.dtype(dtype).itemsize
+    return sum(param.size * param.dtype_in(dtype).itemsize for param in tree.values())

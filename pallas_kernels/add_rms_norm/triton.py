@@ -62,4 +62,4 @@ def _kernel(x_ref, delta_ref, scale_ref, sum_ref, out_ref, *, width, eps):
     h = x.astype(jnp.float32)
     h = h * lax.rsqrt(jnp.sum(h * h) / size + eps)
     scale = plt.load(scale_ref.at[column], mask=real, other=0)
-    plt.store(out_ref.at[place], h.astype(out_ref.dtype) * scale, mask=real)
+    plt.store(out_ref.at[place], (h.astype(scale.dtype) * scale).astype(out_ref.dtype), mask=real)

@@ -11,6 +11,7 @@ from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
 from pallas_kernels.paged_attention import mosaic_gpu, mosaic_tpu, reference
 from pallas_kernels.paged_attention.batch import AttentionBatch
+from pallas_kernels.paged_attention.variant import Variant
 
 
 def _triton() -> Callable[..., jax.Array]:
@@ -45,6 +46,7 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    variant: Variant | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """softmax(scale * q k^T + causal mask) v for each lane of a ragged batch.
@@ -57,6 +59,7 @@ def paged_attention(
         batch: the lanes and the plan.
         scale: multiplies the scores.
         sliding_window: a query sees this many tokens, itself included; None for all before it.
+        variant: changes to the scores; None for plain attention, which all implementations do.
         implementation: a name in ``IMPLEMENTATIONS`` or a function of this signature; see
             ``dispatch.call``. None takes the first that can run.
 
@@ -72,6 +75,7 @@ def paged_attention(
         raise ValueError(f"q {q.shape}, k {k_pages.shape} and v {v_pages.shape} don't fit together")
     if heads % k_pages.shape[1]:
         raise ValueError(f"{heads} heads are no multiple of {k_pages.shape[1]} KV heads")
+    variants = {} if variant is None else {"variant": variant}
     return dispatch.call(
         "paged_attention",
         IMPLEMENTATIONS,
@@ -83,4 +87,5 @@ def paged_attention(
         batch,
         scale=scale,
         sliding_window=sliding_window,
+        **variants,
     )

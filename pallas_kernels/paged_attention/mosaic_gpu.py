@@ -22,6 +22,7 @@ from pallas_kernels.paged_attention.mosaic_gpu_shape import (
     DecodeShape,
     Shape,
 )
+from pallas_kernels.paged_attention.variant import Variant, refuse
 
 LOG2_E = math.log2(math.e)
 INTERPRETED_CORES = 1
@@ -36,8 +37,10 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    variant: Variant | None = None,
 ) -> jax.Array:
     """See ``api.paged_attention``."""
+    refuse(variant)
     try:
         from pallas_kernels.paged_attention.triton_decode import decode as triton_decode
     except ImportError as missing:
@@ -56,8 +59,10 @@ def paged_attention_mosaic_only(
     *,
     scale: float,
     sliding_window: int | None = None,
+    variant: Variant | None = None,
 ) -> jax.Array:
     """See ``api.paged_attention``."""
+    refuse(variant)
     cache = (k_pages, v_pages, page_table)
     if batch.tile_lane.shape[0]:
         q = prefill(q, *cache, batch, scale=scale, sliding_window=sliding_window)

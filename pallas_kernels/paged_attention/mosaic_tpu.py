@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.lowering import can_lower_mosaic_tpu
 from pallas_kernels.paged_attention.batch import AttentionBatch
+from pallas_kernels.paged_attention.variant import Variant, refuse
 
 MASKED = -1e30
 LOG2_E = math.log2(math.e)
@@ -70,9 +71,11 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    variant: Variant | None = None,
     interpret: Any = False,
 ) -> jax.Array:
     """See ``api.paged_attention``; ``interpret`` (``pltpu.InterpretParams``) simulates a TPU."""
+    refuse(variant)
     if not interpret and not can_lower_mosaic_tpu():
         raise NotImplementedError("the Mosaic kernel needs a TPU")
     if {q.dtype, k_pages.dtype} - {jnp.dtype("bfloat16"), jnp.dtype("float32")}:

@@ -33,6 +33,7 @@ from pallas_kernels.paged_attention.triton_decode import (
     decode,
     tuning_key,
 )
+from pallas_kernels.paged_attention.variant import Variant, refuse
 
 __all__ = ["Config", "candidates", "paged_attention", "tuning_key"]
 
@@ -48,11 +49,13 @@ def paged_attention(
     *,
     scale: float,
     sliding_window: int | None = None,
+    variant: Variant | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
     """See ``api.paged_attention``; ``config`` is the decode kernel's, and ``interpret`` runs the
     kernels on a CPU, slowly."""
+    refuse(variant)
     if not interpret and not can_lower_triton():
         raise NotImplementedError("the Triton kernels need a GPU")
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):

@@ -38,11 +38,12 @@ def heads(
     if norm is not None:
         q, k = rms_norm(q, norm.q_scale, norm.eps), rms_norm(k, norm.k_scale, norm.eps)
     if cos_sin is not None:
-        q, k = _rotate(q, cos_sin), _rotate(k, cos_sin)
+        q, k = rotate(q, cos_sin), rotate(k, cos_sin)
     return q, k, v
 
 
-def _rotate(x: jax.Array, cos_sin: CosSin) -> jax.Array:
+def rotate(x: jax.Array, cos_sin: CosSin) -> jax.Array:
+    """Rotates x [T, heads, head_size] by ``api.rope_kv_write``'s cos_sin."""
     cos, sin = (part[:, None, :] for part in cos_sin)
     half = cos.shape[-1]
     first, second, rest = jnp.split(x, (half, 2 * half), axis=-1)

@@ -136,6 +136,7 @@ def _kernel(
 
 
 def _scaled(x, scale_refs, column, exists, is_key, dtype):
-    """x in float32 after rounding to ``dtype`` and scaling there, as the plain norm does."""
+    """x in float32 after scaling it in the scales' dtype, as the plain norm does."""
     q_scale, k_scale = (plt.load(ref.at[column], mask=exists, other=0) for ref in scale_refs)
-    return (x.astype(dtype) * jnp.where(is_key, k_scale, q_scale)).astype(jnp.float32)
+    scale = jnp.where(is_key, k_scale, q_scale)
+    return (x.astype(scale.dtype) * scale).astype(dtype).astype(jnp.float32)

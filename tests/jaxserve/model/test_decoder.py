@@ -115,7 +115,7 @@ def test_two_calls_with_a_cut_between_them_give_the_same_logits(tmp_path: Path) 
 def test_the_feed_forward_network_follows_its_formula(kind: str, gated: bool, bias: bool) -> None:
     import torch
 
-    spec = MLPSpec(12, kind, gated, bias)
+    spec = MLPSpec(12, kind, gated, up_bias=bias, down_bias=bias)
     rng = np.random.default_rng(0)
     weights = {
         name: rng.standard_normal(param.shape).astype(np.float32)
