@@ -80,7 +80,7 @@ def open_checkpoint(path: Path | str, load_format: str = "auto") -> Checkpoint:
             directory, ["safetensors", "pt"] if load_format == "auto" else [load_format]
         )
     return HuggingFaceCheckpoint(
-        directory, config, eos_token_ids, generation, family.LAYOUT, opener
+        directory, config, eos_token_ids, generation, families.layout_of(family, config), opener
     )
 
 

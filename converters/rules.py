@@ -71,13 +71,42 @@ def stack_parts(sources: tuple[Source, ...], param: Param) -> Lazy:
     return stack([source.expect(*param.shape[1:]) for source in sources])
 
 
+def stack_experts(sources: tuple[Source, ...], param: Param) -> Lazy:
+    """Tensors [F, ...] of all experts, those of one expert after another -> [E, parts, F, ...] or
+    [E, F, ...]."""
+    parts = len(sources) // param.shape[0]
+    shape = param.shape[1:] if parts == 1 else param.shape[2:]
+    return stack([source.expect(*shape) for source in sources]).reshape(*param.shape)
+
+
+def half_split(array: Lazy, axis: int, rotary_size: int) -> Lazy:
+    """Brings the first ``rotary_size`` entries of an axis from rotated pairs (2i, 2i + 1) to pairs
+    (i, i + rotary_size / 2), see ``RopeSpec``."""
+    shape = array.shape
+
+    def part(start: int, stop: int) -> Lazy:
+        index = [slice(None)] * len(shape)
+        index[axis] = slice(start, stop)
+        return array[tuple(index)]
+
+    before, after = shape[:axis], shape[axis + 1 :]
+    pairs = part(0, rotary_size).reshape(*before, rotary_size // 2, 2, *after)
+    axes = list(range(len(shape) + 1))
+    axes[axis], axes[axis + 1] = axis + 1, axis
+    halves = pairs.transpose(*axes).reshape(*before, rotary_size, *after)
+    if rotary_size == shape[axis]:
+        return halves
+    return concatenate([halves, part(rotary_size, shape[axis])], axis)
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one weight is made.
 
     Attributes:
         target: a path of ``decoder.declare``; ``{i}`` stands for the layer's number.
-        sources: names of tensors without the layout's prefix; ``{i}`` likewise.
+        sources: names of tensors without the layout's prefix; ``{i}`` likewise. If they hold
+            ``{e}``, they are taken for each of the target's experts, its first axis.
         transform: from the sources to an array of the weight's shape.
     """
 
@@ -120,7 +149,9 @@ def plan(
         rule = rules.get(f"layers/{{i}}/{match[2]}" if match else path)
         if rule is None:
             raise CheckpointError(f"the family of {config.architecture} has no rule for {path!r}.")
-        wanted[path] = (rule.transform, [name.format(i=number) for name in rule.sources])
+        every = range(tree[path].shape[0] if "{e}" in rule.sources[0] else 1)
+        names = [name.format(i=number, e=e) for e in every for name in rule.sources]
+        wanted[path] = (rule.transform, names)
     _check_names(layout, config, sources, {name for _, names in wanted.values() for name in names})
     for source in sources.values():
         if source.array.dtype.name not in FLOATS:

@@ -4,7 +4,8 @@ A family file holds
 
     ARCHITECTURES   the values of config.json's "architectures" that it covers
     config(hf)      from the parsed config.json to a ModelConfig
-    LAYOUT          the renaming rules, see converters/rules.py
+    LAYOUT          the renaming rules, see converters/rules.py; or a function layout(config) where
+                    they depend on the config
 
 To add a family, add such a file. Files whose names begin with "_" hold what families share.
 """
@@ -26,7 +27,6 @@ class Family(Protocol):
     """What a family file offers."""
 
     ARCHITECTURES: tuple[str, ...]
-    LAYOUT: Layout
 
     def config(self, hf: dict[str, Any]) -> ModelConfig:
         """Reads a config.json.
@@ -63,6 +63,12 @@ def find(hf: dict[str, Any]) -> Family:
     if architectures and architectures[0] not in family.ARCHITECTURES:
         raise _unsupported(architectures[0], architectures[0], list(family.ARCHITECTURES))
     return family
+
+
+def layout_of(family: Any, config: ModelConfig) -> Layout:
+    """The renaming rules of a family for one of its models."""
+    layout: Layout = family.layout(config) if hasattr(family, "layout") else family.LAYOUT
+    return layout
 
 
 def _unsupported(shown: str, name: str, known: list[str]) -> UnsupportedModelError:

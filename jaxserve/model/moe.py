@@ -20,20 +20,20 @@ from pallas_kernels.expert_ffn import expert_ffn
 
 
 def declare(spec: MoESpec, hidden_size: int) -> dict[str, Param]:
-    """Weights; experts' ``up`` holds [gate, up] and all layouts are [experts, outputs, inputs]."""
+    """Weights; ``experts_up`` holds [gate, up] and all layouts are [experts, outputs, inputs]."""
     count, size = spec.num_experts, spec.intermediate_size
     tree = {
         "router": Param((count, hidden_size), (None, None)),
-        "up": Param((count, 2, size, hidden_size), ("experts", None, "ffn", None)),
-        "down": Param((count, hidden_size, size), ("experts", None, "ffn")),
+        "experts_up": Param((count, 2, size, hidden_size), ("experts", None, "ffn", None)),
+        "experts_down": Param((count, hidden_size, size), ("experts", None, "ffn")),
     }
     if spec.router.bias:
         tree["router_bias"] = Param((count,), (None,), "zeros")
     if spec.router.correction:
         tree["router_correction"] = Param((count,), (None,), "zeros", "float32")
     if spec.bias:
-        tree["up_bias"] = Param((count, 2, size), ("experts", None, "ffn"), "zeros")
-        tree["down_bias"] = Param((count, hidden_size), ("experts", None), "zeros")
+        tree["experts_up_bias"] = Param((count, 2, size), ("experts", None, "ffn"), "zeros")
+        tree["experts_down_bias"] = Param((count, hidden_size), ("experts", None), "zeros")
     if spec.shared is not None:
         tree |= prefixed("shared", ffn.declare(spec.shared, hidden_size))
     if spec.shared_gate:
@@ -52,8 +52,8 @@ def apply(
     if spec.router.bias:
         logits = logits + params["router_bias"]
     experts, weights = choose(spec.router, logits, params.get("router_correction"))
-    here = params["up"].shape[0]
-    down_bias = params.get("down_bias")
+    here = params["experts_up"].shape[0]
+    down_bias = params.get("experts_down_bias")
     if here < spec.num_experts:  # those of other devices lie outside of [0, here)
         experts = experts - jax.lax.axis_index(TENSOR) * here
     elif down_bias is not None and tensor_parallel_size() > 1:  # to be added once
@@ -62,9 +62,9 @@ def apply(
         x,
         experts,
         weights,
-        params["up"],
-        params["down"],
-        up_bias=params.get("up_bias"),
+        params["experts_up"],
+        params["experts_down"],
+        up_bias=params.get("experts_up_bias"),
         down_bias=down_bias,
         activation=spec.activation,
         implementation=kernels.expert_ffn,

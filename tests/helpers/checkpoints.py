@@ -171,7 +171,7 @@ def make_checkpoint(
         model.generation_config.save_pretrained(directory)
         if model.config.tie_word_embeddings:
             del weights["lm_head.weight"]
-        _save_bin(directory, weights, shards=3 if format == "bin-sharded" else 1)
+        save_bin(directory, weights, shards=3 if format == "bin-sharded" else 1)
     path = directory / "config.json"
     config = json.loads(path.read_text()) | {"dtype": dtype}
     rewrite = CASES[case].rewrite
@@ -181,7 +181,7 @@ def make_checkpoint(
     return directory
 
 
-def _save_bin(directory: Path, weights: dict[str, Any], shards: int) -> None:
+def save_bin(directory: Path, weights: dict[str, Any], shards: int) -> None:
     """What save_pretrained(safe_serialization=False) wrote before transformers 5."""
     import torch
 
