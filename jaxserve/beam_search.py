@@ -8,13 +8,16 @@ of each beam, so a round computes few tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import NamedTuple
 
 from jaxserve.outputs import Logprob, RequestOutput
 from jaxserve.sampling.checks import check_float, check_int, check_range, error
 from jaxserve.sampling.params import MAX_LOGPROBS, SamplingParams
 
 MAX_BEAM_WIDTH = MAX_LOGPROBS // 2
+MAX_LENGTH_PENALTY = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +30,7 @@ class BeamSearchParams:
         ignore_eos: go on after the model's end tokens.
         temperature: accepted for compatibility; log-probabilities are taken before temperature.
         length_penalty: sequences are compared by their log-probability divided by their length to
-            this power. The length counts the prompt, and no end token.
+            this power, -10 to 10. The length counts the prompt, and no end token.
         include_stop_str_in_output: keep the end token.
 
     Raises:
@@ -46,7 +49,8 @@ class BeamSearchParams:
             check_int(name, getattr(self, name))
             check_range(name, getattr(self, name), 1, most)
         check_range("temperature", check_float("temperature", self.temperature), 0, 2)
-        check_float("length_penalty", self.length_penalty)
+        penalty = check_float("length_penalty", self.length_penalty)
+        check_range("length_penalty", penalty, -MAX_LENGTH_PENALTY, MAX_LENGTH_PENALTY)
         for name in ("ignore_eos", "include_stop_str_in_output"):
             if not isinstance(getattr(self, name), bool):
                 raise error(name, getattr(self, name), "must be True or False")
@@ -80,13 +84,151 @@ class BeamSearchOutput:
     sequences: list[BeamSearchSequence]
 
 
+class BeamSearch:
+    """The search, free of whoever asks the model.
+
+        while asked := search.asked():
+            search.take(...)  # the log-probabilities of what may come next in each of them
+        search.outputs()
+
+    Args:
+        prompts: token ids of each.
+        params: of the search.
+        max_model_len: longest sequence; a beam ends there.
+        eos_token_ids: tokens that end a beam.
+        num_logprobs: keep at least so many log-probabilities at each position.
+
+    Attributes:
+        settings: with which the model is to be asked for one more token.
+    """
+
+    def __init__(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: BeamSearchParams,
+        max_model_len: int,
+        eos_token_ids: Collection[int],
+        num_logprobs: int = 0,
+    ) -> None:
+        # The end tokens are ours to judge: the engine shall take them as any other.
+        self.settings = SamplingParams(
+            temperature=0,
+            max_tokens=1,
+            logprobs=max(2 * params.beam_width, num_logprobs),
+            ignore_eos=True,
+            detokenize=False,
+        )
+        self._params = params
+        self._max_model_len = max_model_len
+        self._ends = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
+        self._searches = [_Search([BeamSearchSequence(list(ids))]) for ids in prompts]
+        self._rounds = 0
+
+    def asked(self) -> list[tuple[int, list[int]]]:
+        """What needs one more token: (index of its prompt, token ids); nothing once all is over."""
+        if self._rounds == self._params.max_tokens:
+            return []
+        searches = enumerate(self._searches)
+        return [(index, beam.tokens) for index, search in searches for beam in search.beams]
+
+    def take(self, answers: Sequence[dict[int, Logprob]]) -> None:
+        """Goes on by one token.
+
+        Args:
+            answers: for each sequence of ``asked()``, in that order, the likeliest next tokens,
+                best first; none where the model failed.
+        """
+        self._rounds += 1
+        rest = iter(answers)
+        for search in self._searches:
+            candidates = [
+                self._candidate(beam, logprobs, token_id)
+                for beam, logprobs in zip(search.beams, rest)
+                for token_id in islice(logprobs, 2 * self._params.beam_width)
+            ]
+            ended = [one for one in candidates if one.token_id in self._ends]
+            longer = [one for one in candidates if one.token_id not in self._ends]
+            search.completed += [one.sequence("stop") for one in self._best(ended)]
+            search.beams = []
+            for candidate in self._best(longer):
+                beam = candidate.sequence(None)
+                full = len(beam.tokens) >= self._max_model_len
+                (search.completed if full else search.beams).append(beam)
+            search.completed = self._best_sequences(search.completed)
+
+    def outputs(self) -> list[BeamSearchOutput]:
+        """What was found, per prompt."""
+        outputs = []
+        for search in self._searches:
+            found = self._best_sequences(search.completed + search.beams)
+            outputs.append(BeamSearchOutput([self._finished(sequence) for sequence in found]))
+        return outputs
+
+    def _candidate(
+        self, beam: BeamSearchSequence, logprobs: dict[int, Logprob], token_id: int
+    ) -> _Candidate:
+        total = beam.cum_logprob + logprobs[token_id].logprob
+        length = len(beam.tokens) + (token_id not in self._ends)
+        return _Candidate(
+            _per_length(total, length, self._params.length_penalty), total, beam, token_id, logprobs
+        )
+
+    def _best(self, candidates: list[_Candidate]) -> list[_Candidate]:
+        """As many as there are beams; equals stay in their order."""
+        ordered = sorted(candidates, key=lambda one: one.score, reverse=True)
+        return ordered[: self._params.beam_width]
+
+    def _best_sequences(self, sequences: list[BeamSearchSequence]) -> list[BeamSearchSequence]:
+        penalty = self._params.length_penalty
+        ordered = sorted(sequences, key=lambda one: score(one, penalty, self._ends), reverse=True)
+        return ordered[: self._params.beam_width]
+
+    def _finished(self, sequence: BeamSearchSequence) -> BeamSearchSequence:
+        """A sequence as users see it."""
+        if sequence.finish_reason is None:
+            return replace(sequence, finish_reason="length")
+        if self._params.include_stop_str_in_output:
+            return sequence
+        return replace(sequence, tokens=sequence.tokens[:-1])
+
+
+def score(
+    sequence: BeamSearchSequence, length_penalty: float, eos_token_ids: Collection[int]
+) -> float:
+    """The log-probability per token, as vLLM has it: the prompt counts, the end token doesn't."""
+    length = len(sequence.tokens) - (sequence.tokens[-1] in eos_token_ids)
+    return _per_length(sequence.cum_logprob, length, length_penalty)
+
+
+def _per_length(total: float, length: int, length_penalty: float) -> float:
+    return total / max(length, 1) ** length_penalty
+
+
 @dataclass
 class _Search:
-    """The search for one prompt: beams that go on, and those that ended."""
+    """The search for one prompt: beams that go on, and the best of those that ended."""
 
-    salt: str
     beams: list[BeamSearchSequence]
     completed: list[BeamSearchSequence] = field(default_factory=list)
+
+
+class _Candidate(NamedTuple):
+    """A beam and a token that may follow. Most are dropped, so no list is copied yet."""
+
+    score: float
+    total: float
+    beam: BeamSearchSequence
+    token_id: int
+    logprobs: dict[int, Logprob]
+
+    def sequence(self, finish_reason: str | None) -> BeamSearchSequence:
+        """The beam with the token."""
+        return BeamSearchSequence(
+            [*self.beam.tokens, self.token_id],
+            [*self.beam.logprobs, self.logprobs],
+            self.total,
+            finish_reason=finish_reason,
+        )
 
 
 Generate = Callable[[list[dict], SamplingParams], list[RequestOutput]]
@@ -104,85 +246,11 @@ def beam_search(
 
     Args:
         generate: makes one more token of each sequence.
-        max_model_len: longest sequence; a beam ends there.
-        eos_token_ids: tokens that end a beam.
+        max_model_len, eos_token_ids: see ``BeamSearch``.
     """
-    ends = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
-    searches = [_Search(salt, [BeamSearchSequence(list(ids))]) for ids, salt in prompts]
-    # The end tokens are ours to judge: the engine shall take them as any other.
-    settings = SamplingParams(
-        temperature=0,
-        max_tokens=1,
-        logprobs=2 * params.beam_width,
-        ignore_eos=True,
-        detokenize=False,
-    )
-    for _ in range(params.max_tokens):
-        _end_the_longest(searches, max_model_len)
-        asked = [
-            {"prompt_token_ids": beam.tokens, "cache_salt": search.salt}
-            for search in searches
-            for beam in search.beams
-        ]
-        if not asked:
-            break
-        answers = iter(generate(asked, settings))
-        for search in searches:
-            _go_on(search, [next(answers) for _ in search.beams], params, ends)
-    return [_best(search, params, ends) for search in searches]
-
-
-def score(
-    sequence: BeamSearchSequence, length_penalty: float, eos_token_ids: Collection[int]
-) -> float:
-    """The log-probability per token, as vLLM has it: the prompt counts, the end token doesn't."""
-    length = len(sequence.tokens) - (sequence.tokens[-1] in eos_token_ids)
-    return sequence.cum_logprob / max(length, 1) ** length_penalty
-
-
-def _end_the_longest(searches: Sequence[_Search], max_model_len: int) -> None:
-    """Completes beams that the model has no room to go on with, but leaves the prompts, which the
-    engine refuses with a message."""
-    for search in searches:
-        beams, search.beams = search.beams, []
-        for beam in beams:
-            full = beam.logprobs and len(beam.tokens) >= max_model_len
-            (search.completed if full else search.beams).append(beam)
-
-
-def _go_on(
-    search: _Search,
-    answers: Sequence[RequestOutput],
-    params: BeamSearchParams,
-    ends: Collection[int],
-) -> None:
-    """Replaces the beams of a search by the best of those that are one token longer."""
-    longer = []
-    for beam, answer in zip(search.beams, answers):
-        (logprobs,) = answer.outputs[0].logprobs or [{}]
-        for token_id, logprob in logprobs.items():
-            next_beam = BeamSearchSequence(
-                [*beam.tokens, token_id],
-                [*beam.logprobs, logprobs],
-                beam.cum_logprob + logprob.logprob,
-            )
-            if token_id in ends:
-                next_beam.finish_reason = "stop"
-                search.completed.append(next_beam)
-            else:
-                longer.append(next_beam)
-    longer.sort(key=lambda beam: score(beam, params.length_penalty, ends), reverse=True)
-    search.beams = longer[: params.beam_width]
-
-
-def _best(search: _Search, params: BeamSearchParams, ends: Collection[int]) -> BeamSearchOutput:
-    """The best of all sequences of a search."""
-    found = search.completed + search.beams
-    found.sort(key=lambda beam: score(beam, params.length_penalty, ends), reverse=True)
-    sequences = found[: params.beam_width]
-    for sequence in sequences:
-        if sequence.finish_reason is None:
-            sequence.finish_reason = "length"
-        elif not params.include_stop_str_in_output:
-            del sequence.tokens[-1]
-    return BeamSearchOutput(sequences)
+    search = BeamSearch([ids for ids, _ in prompts], params, max_model_len, eos_token_ids)
+    while asked := search.asked():
+        beams = [{"prompt_token_ids": ids, "cache_salt": prompts[at][1]} for at, ids in asked]
+        answers = [output.outputs[0].logprobs for output in generate(beams, search.settings)]
+        search.take([logprobs[0] if logprobs else {} for logprobs in answers])
+    return search.outputs()

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from jaxserve.errors import ConfigError
@@ -37,6 +38,7 @@ from server.texts import Texts
 from server.web_files import add_web
 
 access_logger = logging.getLogger("jaxserve.access")
+http_logger = logging.getLogger("jaxserve.http")
 REQUEST_ID: web.RequestKey[str] = web.RequestKey("request_id", str)
 CHOSEN_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 """What a client may choose as X-Request-Id; it ends in logs and replies, never in a key."""
@@ -119,7 +121,17 @@ def create_runner(app: web.Application) -> web.AppRunner:
         lingering_time=LINGERING_S,
         shutdown_timeout=0,  # the engine's client waits for running requests before
         access_log=None,
+        logger=http_logger,
     )
+
+
+def _is_ours(record: logging.LogRecord) -> bool:
+    """Whether aiohttp logs a fault of the server: what is no HTTP gets its 400, and no traceback in
+    the log, which any client could fill with them."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+http_logger.addFilter(_is_ours)
 
 
 async def _background(app: web.Application) -> AsyncIterator[None]:

@@ -12,11 +12,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxserve import log
 from jaxserve.engine.admission import Limits
 from jaxserve.errors import InvalidRequestError, JaxserveError, RequestFailedError
 from jaxserve.sampling.params import SamplingParams
 from server import wire
-from server.engine_info import EngineDeadError, EngineInfo, OverloadedError, Startup, State
+from server.engine_info import (
+    EngineDeadError,
+    EngineInfo,
+    OverloadedError,
+    QueueTimeoutError,
+    Startup,
+    State,
+)
+from server.engine_messages import SilenceError, hear
 from server.engine_stream import EngineStream, TokenEvent
 from server.engine_supervisor import EngineProcess
 
@@ -43,6 +52,7 @@ class EngineClient:
         last_heartbeat: when the engine's loop last made progress or had nothing to do, in seconds
             of ``time.monotonic``.
         num_running, num_waiting: requests of all front-ends, as of the last heartbeat.
+        compiling: whether a step waited for a program to be compiled then.
     """
 
     def __init__(
@@ -57,6 +67,7 @@ class EngineClient:
         self.state: State = "starting"
         self.last_heartbeat = time.monotonic()
         self.num_running = self.num_waiting = 0
+        self.compiling = False
         self._process = engine if isinstance(engine, EngineProcess) else None
         self._path = engine.socket_path if isinstance(engine, EngineProcess) else engine
         self._max_queue = max_queue
@@ -64,7 +75,8 @@ class EngineClient:
         self._ids = map(str, itertools.count())
         self._streams: dict[str, EngineStream] = {}
         self._calls: dict[str, asyncio.Future[Any]] = {}
-        self._ended: deque[float] = deque(maxlen=64)  # when the last streams ended
+        self._num_embedding = 0  # of the calls
+        self._ended: deque[float] = deque(maxlen=64)  # when the last requests ended
         self._writer: asyncio.StreamWriter | None = None
         self._connection: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
@@ -86,7 +98,7 @@ class EngineClient:
         if self.state == "closed":
             return
         self.state = "draining"
-        if self._streams:
+        if self._streams or self._num_embedding:
             self._idle.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(drain_s):
@@ -141,15 +153,21 @@ class EngineClient:
 
         Raises:
             InvalidRequestError: it could not be served, now or ever.
-            OverloadedError: the queue is full, or it waited in it too long.
+            OverloadedError: the queue is full.
+            QueueTimeoutError: it waited in the queue for too long.
             RequestFailedError: it failed while it ran.
             EngineDeadError: the engine takes no requests now, or died.
         """
         self._limits().check_prompt(prompt_token_ids)
         prompt, timeout_s = list(prompt_token_ids), self._queue_timeout_s
-        vector: list[float] = await self._call(
-            lambda key: wire.Embed(key, prompt, pooling, timeout_s)
-        )
+        self._num_embedding += 1
+        try:
+            vector: list[float] = await self._call(
+                lambda key: wire.Embed(key, prompt, pooling, timeout_s)
+            )
+        finally:
+            self._num_embedding -= 1
+            self._note_end()
         return vector
 
     async def stats(self) -> dict[str, Any]:
@@ -193,10 +211,14 @@ class EngineClient:
     def _remove(self, key: str) -> EngineStream | None:
         stream = self._streams.pop(key, None)
         if stream is not None:
-            self._ended.append(time.monotonic())
-        if not self._streams:
-            self._idle.set()
+            self._note_end()
         return stream
+
+    def _note_end(self) -> None:
+        """Of a generation or an embedding."""
+        self._ended.append(time.monotonic())
+        if not (self._streams or self._num_embedding):
+            self._idle.set()
 
     def _retry_after(self) -> float:
         """Seconds in which as many requests may end as wait now, by the pace of the last ones."""
@@ -216,17 +238,15 @@ class EngineClient:
                 continue
             self._writer = writer
             try:
-                while True:
-                    header = await reader.readexactly(wire.HEADER.size)
-                    payload = await reader.readexactly(wire.payload_size(header))
-                    self._take(wire.decode(payload))
-            except (OSError, asyncio.IncompleteReadError, wire.WireError):
+                await hear(reader, writer, self._take)
+            except (OSError, asyncio.IncompleteReadError, wire.WireError) as error:
+                if isinstance(error, SilenceError) and self.state != "dead":
+                    log.logger.error("the engine's process does not answer: %s.", error)
                 if self.state != "draining":
                     self.state = "dead"
                 self._fail_all("error", "The engine has failed.")
             finally:
                 self._writer = None
-                writer.close()
 
     def _send(self, message: wire.Message) -> None:
         if self._writer is None:
@@ -249,6 +269,7 @@ class EngineClient:
         elif isinstance(message, wire.Heartbeat):
             self.last_heartbeat = time.monotonic() - message.stalled_s
             self.num_running, self.num_waiting = message.num_running, message.num_waiting
+            self.compiling = message.compiling
         elif isinstance(message, wire.Reply):
             self._take_reply(message)
         elif isinstance(message, wire.Starting):
@@ -308,7 +329,7 @@ class EngineClient:
         if kind == wire.INVALID:
             return InvalidRequestError(text, param)
         if kind == wire.OVERLOADED:
-            return OverloadedError(text, self._retry_after())
+            return QueueTimeoutError(text, self._retry_after())
         return RequestFailedError(text)
 
     def _fail_all(self, finish_reason: str, error: str) -> None:

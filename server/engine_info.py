@@ -11,7 +11,7 @@ State = Literal["starting", "ready", "draining", "dead", "closed"]
 
 
 class OverloadedError(JaxserveError):
-    """The queue is full, or the request waited in it too long.
+    """The queue is full.
 
     Attributes:
         retry_after_s: when there may be room again.
@@ -20,6 +20,10 @@ class OverloadedError(JaxserveError):
     def __init__(self, message: str, retry_after_s: float) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+
+class QueueTimeoutError(OverloadedError):
+    """The request waited in the queue for too long."""
 
 
 class EngineDeadError(JaxserveError):

@@ -68,7 +68,8 @@ class EngineServer:
 
     Args:
         socket_path: of the Unix socket to make.
-        step_timeout_s: when no step completes for so long while requests run, it hangs.
+        step_timeout_s: when no step completes for so long while requests run, it hangs. Compiling
+            a program that the step needs doesn't count: it takes as long as at the start.
     """
 
     def __init__(self, socket_path: Path, step_timeout_s: float) -> None:
@@ -82,6 +83,8 @@ class EngineServer:
         self._owners: dict[str, Owner] = {}
         self._queue_checked = 0.0
         self._progress: float | None = None  # when the loop last got on; None while it has no work
+        self._compiling_since: float | None = None
+        self._compiled = 0.0  # when a step was last seen to wait for the compiler
         socket_path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._listener.bind(str(socket_path))
@@ -224,8 +227,10 @@ class EngineServer:
     def _watch(self) -> None:
         while True:
             time.sleep(HEARTBEAT_S)
-            progress, engine = self._progress, self._engine
-            stalled = 0.0 if progress is None else time.monotonic() - progress
+            engine = self._engine
+            compiling = self._observe_compiler(engine)
+            progress, now = self._progress, time.monotonic()
+            stalled = 0.0 if progress is None else now - max(progress, self._compiled)
             running = waiting = 0
             if engine is not None:
                 running, waiting = len(engine.scheduler.running), len(engine.scheduler.waiting)
@@ -236,7 +241,21 @@ class EngineServer:
                     _end_hung_process(engine, stalled)
             with self._lock:
                 for connection in self._connections:
-                    connection.post(wire.Heartbeat(stalled, running, waiting))
+                    connection.post(wire.Heartbeat(stalled, running, waiting, compiling))
+
+    def _observe_compiler(self, engine: Engine | None) -> bool:
+        """Whether a step waits for a program; says so in the log, and what it took."""
+        now, since = time.monotonic(), self._compiling_since
+        if engine is None or not engine.stats.waiting_for_programs:
+            if since is not None:
+                log.logger.info("the program was compiled within %.0f s.", now - since)
+            self._compiling_since = None
+            return False
+        if since is None:
+            log.logger.info("a step waits for a program that is being compiled.")
+            self._compiling_since = now
+        self._compiled = now
+        return True
 
 
 def _end_hung_process(engine: Engine, stalled: float) -> NoReturn:

@@ -16,12 +16,21 @@ from typing import Literal
 
 from jaxserve import log
 from jaxserve.config import EngineConfig
+from server import wire
+from server.engine_messages import SilenceError, hear
 from server.wire import EXIT_CANNOT_START
 
 COMMAND = (sys.executable, "-m", "server.engine_process")
 LONGEST_BACK_OFF_S = 30.0
 GOOD_LIFE_S = 60.0
 """A process that lived so long is started again without much delay when it dies."""
+LONGEST_SILENCE_S = 10.0
+"""A process that serves and says nothing for so long is killed. Longer than what front-ends wait,
+since a start costs more than a request."""
+LONGEST_SILENCE_AT_START_S = 120.0
+"""The same while it starts: native code that loads weights may hold Python's lock, for instance as
+it waits for a slow disk."""
+CONNECT_S = 0.25
 
 
 class EngineProcess:
@@ -36,6 +45,7 @@ class EngineProcess:
         step_timeout_s: a step that takes longer counts as hung; the process is ended then.
         restart: start it again when it died.
         back_off_s: the delay before that, doubled each time up to LONGEST_BACK_OFF_S.
+        silence_s: without a word for so long, a process that was ready is killed.
         command: what to run.
 
     Attributes:
@@ -51,6 +61,7 @@ class EngineProcess:
         step_timeout_s: float = 300.0,
         restart: bool = True,
         back_off_s: float = 1.0,
+        silence_s: float = LONGEST_SILENCE_S,
         command: Sequence[str] = COMMAND,
     ) -> None:
         self._directory = Path(tempfile.mkdtemp(prefix="jaxserve-"))  # for this user alone
@@ -64,14 +75,17 @@ class EngineProcess:
         }
         self._restart = restart
         self._back_off_s = back_off_s
+        self._silence_s = silence_s
         self._command = tuple(command)
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[str] | None = None
+        self._listener: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Starts the process and watches over it from now on; doesn't wait until it can serve."""
         await self._spawn()
         self._keeper = asyncio.create_task(self._keep())
+        self._listener = asyncio.create_task(self._kill_when_silent())
 
     async def failed(self) -> str:
         """Waits until the process is dead for good; says why. Its owner should exit then.
@@ -83,10 +97,11 @@ class EngineProcess:
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Ends the process, by force after the grace. Safe to call twice."""
-        if self._keeper is not None:
-            self._keeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._keeper
+        for task in (self._listener, self._keeper):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         process = self._process
         if process is not None and process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -118,6 +133,34 @@ class EngineProcess:
             await asyncio.sleep(delay)
             delay = min(2 * delay, LONGEST_BACK_OFF_S)
             await self._spawn()
+
+    async def _kill_when_silent(self) -> None:
+        """Listens to the process and its successors, like a front-end that asks for nothing."""
+        while True:
+            process = self._process
+            try:
+                await self._listen()
+            except SilenceError as error:
+                log.logger.error("the engine's process is killed: %s.", error)
+                with contextlib.suppress(ProcessLookupError):
+                    if process is not None and process.returncode is None:
+                        process.kill()
+            except (OSError, asyncio.IncompleteReadError, wire.WireError):
+                pass  # it is not there (yet, or any more)
+            await asyncio.sleep(CONNECT_S)
+
+    async def _listen(self) -> None:
+        """Raises what ``hear`` raises. A process that has not opened its socket yet is not silent:
+        it may take its time until then."""
+        limit = LONGEST_SILENCE_AT_START_S
+
+        def take(message: wire.Message) -> None:
+            nonlocal limit
+            if isinstance(message, wire.Ready):
+                limit = self._silence_s
+
+        reader, writer = await asyncio.open_unix_connection(self.socket_path)
+        await hear(reader, writer, take, lambda: limit)
 
     async def _spawn(self) -> None:
         # In a session of its own it doesn't get the terminal's Ctrl-C, which is for us to handle.

@@ -12,7 +12,7 @@ from aiohttp import web
 
 from jaxserve.errors import InvalidRequestError, JaxserveError, RequestFailedError
 from jaxserve.log import logger
-from server.engine_client import EngineDeadError, OverloadedError
+from server.engine_info import EngineDeadError, OverloadedError, QueueTimeoutError
 
 INVALID, SERVER, BUSY = "invalid_request_error", "server_error", "overloaded_error"
 RETRY_AFTER_S = 5
@@ -88,6 +88,8 @@ def api_error(error: BaseException) -> ApiError:
             return error
         case InvalidRequestError():
             return ApiError(400, str(error), param=error.param)
+        case QueueTimeoutError():
+            return unavailable(str(error), "queue_timeout", error.retry_after_s)
         case OverloadedError():
             headers = _retry_after(error.retry_after_s)
             return ApiError(429, str(error), kind=BUSY, code="overloaded", headers=headers)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import json
 import os
 import shlex
@@ -29,16 +30,18 @@ from jaxserve.errors import JaxserveError
 from jaxserve.tokenizer import Tokenizer
 from server.app import create_app, create_runner
 from server.config import ServerConfig
+from server.connections import accept
 from server.engine_client import EngineClient
 from server.service import SERVICE
 
 DEMO_NAME = "jaxserve-demo"
 LAST_BYTES_S = 2.0
 """For the ends of replies, after the engine has ended their requests."""
+LAST_REPLIES_S = 0.5
+"""For connections that were accepted just before the end: their requests are still on the way, and
+get their refusal."""
 EXIT_FAILED, EXIT_CANNOT_START = 1, 3
 POLL_S = 0.05
-BACKLOG = 4096
-"""Connections that may wait to be accepted; the system may allow fewer."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ class FrontEnd:
         tls = self.config.ssl_context()
         await client.start()
         runner: web.AppRunner | None = None
+        listening: asyncio.Server | None = None
         try:
             load = asyncio.to_thread(load_tokenizer, self.engine, self.config)
             loading = asyncio.create_task(load)
@@ -75,17 +79,23 @@ class FrontEnd:
             app = create_app(self.config, client, loading.result(), names)
             runner = create_runner(app)
             await runner.setup()
-            await web.SockSite(runner, self.sock, ssl_context=tls, backlog=BACKLOG).start()
+            assert runner.server is not None
+            gc.freeze()  # else full collections walk through the tokenizer and all modules: 0.2 s
+            listening = await accept(runner.server, self.sock, tls)
             announcing = asyncio.create_task(self._announce(client, loading.result()))
             failed = await _first(
                 asyncio.ensure_future(_end_of(client, owns_engine)), signals.wait()
             )
             announcing.cancel()
-            if not failed:
-                await client.close(self.config.shutdown_timeout_s)
-                await _last_bytes(app)
+            # A dead engine has ended its requests; all that is left is to tell their clients.
+            await client.close(LAST_BYTES_S if failed else self.config.shutdown_timeout_s)
+            await _last_bytes(app)
+            listening.close()
+            await _last_replies(runner)
             return EXIT_FAILED if failed else 0
         finally:
+            if listening is not None:
+                listening.close()
             if runner is not None:
                 await runner.cleanup()
             await client.close()
@@ -154,6 +164,15 @@ async def _last_bytes(app: web.Application) -> None:
         async with asyncio.timeout(LAST_BYTES_S):
             while app[SERVICE].under_way:
                 await asyncio.sleep(POLL_S)
+
+
+async def _last_replies(runner: web.AppRunner) -> None:
+    """Lets the connections that are open get a reply, if their requests come soon."""
+    loop = asyncio.get_running_loop()
+    end = loop.time() + LAST_REPLIES_S
+    await asyncio.sleep(POLL_S)  # until what was accepted last is among the connections
+    while runner.server is not None and runner.server.connections and loop.time() < end:
+        await asyncio.sleep(POLL_S)
 
 
 async def _end_of(client: EngineClient, owns_engine: bool) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -13,12 +14,36 @@ from typing import Any, Self
 from jaxserve.engine.request import FinishReason
 from jaxserve.errors import RequestFailedError
 from jaxserve.outputs import Generation, Logprob, completion_params
+from jaxserve.sampling.params import SamplingParams
 from server.engine_client import EngineStream, OverloadedError, TokenEvent
 from server.errors import ApiError, unavailable
 from server.protocol.sampling import Options
 from server.service import Prompt, Service
 
 TokenLogprobs = dict[int, Logprob]
+
+
+@contextlib.contextmanager
+def waiting() -> Iterator[None]:
+    """While a stream is read: an engine's queue that had room, but no end, is told as such."""
+    try:
+        yield
+    except OverloadedError as error:
+        raise unavailable(str(error), "queue_timeout", error.retry_after_s) from None
+
+
+def check(event: TokenEvent) -> TokenEvent:
+    """The event, unless it tells of a failure.
+
+    Raises:
+        RequestFailedError: the engine gave the request up.
+        ApiError: the engine aborted it, because the server shuts down.
+    """
+    if event.finish_reason == FinishReason.ERROR:
+        raise RequestFailedError(event.error or "The generation failed.")
+    if event.finish_reason == FinishReason.ABORT:
+        raise unavailable("The server ended this request before it was done.", "aborted")
+    return event
 
 
 @dataclass(slots=True)
@@ -64,16 +89,9 @@ class Completion:
         return (self.output.cumulative_logprob or 0.0) / max(len(self.output.token_ids), 1)
 
     def take(self, event: TokenEvent) -> Delta:
-        """Adds an event's tokens; a stop string may end the completion among them.
-
-        Raises:
-            RequestFailedError: the engine gave the request up.
-            ApiError: the engine aborted it, because the server shuts down.
-        """
-        if event.finish_reason == FinishReason.ERROR:
-            raise RequestFailedError(event.error or "The generation failed.")
-        if event.finish_reason == FinishReason.ABORT:
-            raise unavailable("The server ended this request before it was done.", "aborted")
+        """Adds an event's tokens; a stop string may end the completion among them. Raises what
+        ``check`` raises."""
+        check(event)
         if event.num_cached_tokens is not None:
             self.num_cached_tokens = event.num_cached_tokens
         if event.prompt_logprobs is not None:
@@ -143,6 +161,7 @@ class Run:
             for number in range(count):
                 prompt = self.prompts[number // self.options.best_of]
                 await self._submit(stack, number, prompt)
+                await asyncio.sleep(0)  # handing over a long prompt takes a moment
             self._stack = stack.pop_all()
         self._service.under_way += 1
         self._service.metrics.n.observe(self.options.n)
@@ -164,9 +183,8 @@ class Run:
                 self._service.metrics.request_finished("error" if failed else "abort")
 
     async def _submit(self, stack: AsyncExitStack, number: int, prompt: Prompt) -> None:
-        engine, tokenizer = self._service.engine, self._service.texts.tokenizer
         params = completion_params(self.options.params, number % self.options.best_of)
-        stream = engine.submit(
+        stream = self._service.engine.submit(
             f"{self._request_id}-{number}",
             prompt.token_ids,
             params,
@@ -174,7 +192,11 @@ class Run:
             priority=self.options.priority,
         )
         self._streams.append(await stack.enter_async_context(stream))
-        eos = self._service.info().eos_token_ids
+        self._add(number, prompt, params)
+
+    def _add(self, number: int, prompt: Prompt, params: SamplingParams) -> None:
+        """A completion that has begun."""
+        tokenizer, eos = self._service.texts.tokenizer, self._service.info().eos_token_ids
         generation = Generation(params, prompt.token_ids, number, tokenizer, eos)
         self.completions.append(Completion(number, prompt, generation))
         metrics = self._service.metrics
@@ -216,7 +238,7 @@ class Run:
         }
 
     async def _follow(self, completion: Completion, stream: EngineStream) -> AsyncIterator[Delta]:
-        try:
+        with waiting():
             async for event in stream:
                 delta = completion.take(event)
                 self._measure(delta)
@@ -224,8 +246,6 @@ class Run:
                 if completion.output.finish_reason is not None:
                     stream.abort()  # after a stop string the engine doesn't know that it is over
                     return
-        except OverloadedError as error:  # the queue had room, but no end
-            raise unavailable(str(error), "queue_timeout", error.retry_after_s) from None
         raise RequestFailedError("The engine ended the generation without a reason.")
 
     async def _merge(

@@ -17,9 +17,10 @@ from jaxserve import log
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from server.config import ServerConfig
+from server.connections import BACKLOG
 from server.engine_client import EngineClient
 from server.engine_supervisor import EngineProcess
-from server.front_end import BACKLOG, EXIT_CANNOT_START, EXIT_FAILED, FrontEnd, Signals, settings
+from server.front_end import EXIT_CANNOT_START, EXIT_FAILED, FrontEnd, Signals, settings
 
 COMMAND = (sys.executable, "-m", "server.front_end")
 RESPAWN_S = 1.0

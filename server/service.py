@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from aiohttp import web
 
 from jaxserve.engine.admission import Limits
 from jaxserve.errors import InvalidRequestError
 from jaxserve.log import logger
-from jaxserve.sampling.params import SamplingParams
 from server.config import ServerConfig
 from server.engine_client import EngineClient, EngineInfo
 from server.errors import context_length_exceeded, model_not_found, unavailable
@@ -22,7 +21,10 @@ from server.protocol.completions import Prompt as WirePrompt
 from server.protocol.sampling import Options
 from server.texts import Texts
 
+Result = TypeVar("Result")
 HEARTBEAT_TIMEOUT_S = 5.0
+FEW_TOKENS = 2**14
+"""To look at so many takes half a millisecond."""
 
 
 @dataclass(frozen=True)
@@ -76,20 +78,19 @@ class Service:
         if state == "starting":
             message = f"The model is being loaded ({self.engine.startup.stage}); see /startup."
             raise unavailable(message, "starting", self.engine.startup.eta_s or 5)
-        if state == "draining":
+        if state in ("draining", "closed"):
             raise unavailable("The server is shutting down.", "shutting_down")
         raise unavailable("The engine is not running.", "engine_dead")
 
-    def log_request(
-        self, request_id: str, prompts: Sequence[Prompt], params: SamplingParams
-    ) -> None:
+    def log_request(self, request_id: str, prompts: Sequence[Prompt], options: Options) -> None:
         """Logs what a request asks for, if the server was started with --enable-log-requests."""
         if not self.config.enable_log_requests:
             return
         for prompt in prompts:
             most = self.config.max_log_len
             shown = prompt.token_ids[:most] if prompt.text is None else prompt.text[:most]
-            logger.info("request %s: prompt %r, %s", request_id, shown, params)
+            settings = options.beams or options.params
+            logger.info("request %s: prompt %r, %s", request_id, shown, settings)
 
     # --- what requests name ---------------------------------------------------------------------
 
@@ -113,10 +114,20 @@ class Service:
             InvalidRequestError: one has no tokens, or the vocabulary lacks one.
             OverloadedError: too many texts wait to be tokenized.
         """
-        return [
-            Prompt(self.admit(ids, options, "prompt"), item if isinstance(item, str) else None)
-            for item, ids in zip(items, await self.token_ids(items, add_special_tokens, "prompt"))
-        ]
+        token_ids = await self.token_ids(items, add_special_tokens, "prompt")
+
+        def work() -> list[Prompt]:
+            return [
+                Prompt(self.admit(ids, options, "prompt"), item if isinstance(item, str) else None)
+                for item, ids in zip(items, token_ids)
+            ]
+
+        return await self.off_loop(work, sum(map(len, token_ids)))
+
+    async def off_loop(self, work: Callable[[], Result], num_tokens: int) -> Result:
+        """Does something with tokens, in a thread if there are many. Raises what ``work`` raises,
+        and OverloadedError if too much waits."""
+        return work() if num_tokens <= FEW_TOKENS else await self.texts.run(work)
 
     async def token_ids(
         self, items: Sequence[WirePrompt], add_special_tokens: bool, param: str
@@ -138,9 +149,7 @@ class Service:
         """A prompt's token ids, cut off if wished. Raises what ``prompts`` raises."""
         info, params = self.info(), options.params
         limits = Limits(info.max_model_len, info.vocab_size)
-        keep = params.truncate_prompt_tokens
-        if keep is not None:
-            ids = ids[-(info.max_model_len - 1 if keep == -1 else max(keep, 1)) :]
+        ids = params.truncated(ids, info.max_model_len)
         if not ids:
             raise InvalidRequestError(f"{param} has no tokens; give at least one.", param)
         if len(ids) >= info.max_model_len:

@@ -100,11 +100,13 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Engine, every second: the engine's loop last made progress so many seconds ago."""
+    """Engine, every second: the engine's loop last made progress so many seconds ago, or is
+    ``compiling`` a program that the step needs."""
 
     stalled_s: float
     num_running: int
     num_waiting: int
+    compiling: bool
 
 
 class Event(NamedTuple):

@@ -40,7 +40,7 @@ BEHIND_THE_DOOR = (*DOOR, *BRAIN, *BODY, *MODEL, "jaxserve.sampling", "jaxserve.
 ANYTHING = ("*",)
 FRONT_END = (
     *(*ARGUMENTS, "jaxserve", "jaxserve.config", "jaxserve.tokenizer", "jaxserve.outputs"),
-    *("jaxserve.engine.admission", "server"),
+    *("jaxserve.beam_search", "jaxserve.engine.admission", "server"),
     *("aiohttp", "msgpack", "orjson", "prometheus_client"),
 )
 """What speaks HTTP; the engine runs in another process, and only there may JAX be loaded."""
@@ -85,6 +85,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "server.engine_main": (*FRONT_END, "jaxserve.engine"),
     "server.engine_process": ANYTHING,
     "server.front_end": (*FRONT_END, "jaxserve.demo"),
+    "server.protocol.json_body": (*FRONT_END, "numpy"),
     "server.__main__": ("jaxserve.__main__",),
 }
 LOADS_WITHOUT_JAX = (

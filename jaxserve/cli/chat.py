@@ -5,21 +5,21 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jsonargparse import Namespace
 
-from jaxserve.cli import flags
-from jaxserve.cli.flags import Parser
+from jaxserve.cli import complete_client, flags
+from jaxserve.cli.flags import Parser, UsageError
 from jaxserve.cli.turns import read_turns
+from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError, InvalidRequestError, JaxserveError
-from jaxserve.sampling.params import SamplingParams
 
 if TYPE_CHECKING:
+    from jaxserve.cli.chat_models import Model
     from jaxserve.cli.streaming import Answer
-    from jaxserve.llm import LLM
 
 HELP = "chat with a model on the terminal"
 KEYBOARD = """\
@@ -30,7 +30,7 @@ Ctrl-C stops an answer; at the prompt it leaves, as Ctrl-D does."""
 def make_parser() -> Parser:
     """The flags of the subcommand."""
     parser = Parser(
-        usage="jaxserve chat [MODEL] [options]",
+        usage="jaxserve chat [MODEL | --url URL] [options]",
         description="Chats with a model; /help lists the commands. With standard input from a "
         "file or a pipe, each line is a turn.",
     )
@@ -39,17 +39,38 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--chat-template", metavar="FILE", type=str, help="Jinja that replaces the tokenizer's"
     )
+    text = "chat with a model of a running server instead; with or without /v1"
+    complete_client.add_flags(parser, text)
     flags.add_sampling_flags(parser, None)
     flags.add_engine_flags(parser)
     return parser
 
 
 def run(args: Namespace) -> int:
-    """Loads the model and chats until the input ends."""
-    engine, sampling = flags.engine_arguments(args), flags.sampling_arguments(args)
-    template = None if args.chat_template is None else _read(args.chat_template)
+    """Chats until the input ends."""
+    sampling = flags.sampling_arguments(args)
     interactive = sys.stdin.isatty()
+    with _local(args) if args.url is None else _served(args) as model:
+        chat = Chat(model, sampling, args.system)
+        if interactive:
+            print(f"{model.greeting}\n/help lists the commands.")
+        with contextlib.suppress(KeyboardInterrupt):  # at the prompt it means: leave
+            for turn in read_turns(sys.stdin, interactive):
+                if not chat.handle(turn):
+                    break
+    return 0 if interactive else int(chat.failed)
 
+
+@contextlib.contextmanager
+def _local(args: Namespace) -> Iterator[Model]:
+    """A model in this process."""
+    for name in ("api_key", "model_name"):
+        if args[name] is not None:
+            raise UsageError(f"{flags.flag_of(name)} needs --url.")
+    engine = flags.engine_arguments(args)
+    template = None if args.chat_template is None else _read(args.chat_template)
+
+    from jaxserve.cli.chat_models import LocalModel
     from jaxserve.llm import LLM
 
     with LLM(
@@ -60,21 +81,29 @@ def run(args: Namespace) -> int:
                 f"{engine['model']} has no chat template, so it is probably not made for chatting. "
                 "Use `jaxserve generate`, or pass --chat-template FILE."
             )
-        chat = Chat(llm, sampling, args.system)
-        if interactive:
-            chat.greet(engine["model"])
-        with contextlib.suppress(KeyboardInterrupt):  # at the prompt it means: leave
-            for turn in read_turns(sys.stdin, interactive):
-                if not chat.handle(turn):
-                    break
-    return 0 if interactive else int(chat.failed)
+        yield LocalModel(llm, engine["model"])
+
+
+@contextlib.contextmanager
+def _served(args: Namespace) -> Iterator[Model]:
+    """A server's model."""
+    defaults = make_parser().get_defaults()
+    mine = EngineConfig.__dataclass_fields__.keys() - flags.ENGINE_HIDDEN
+    for name in ("model_word", "model", "chat_template", *sorted(mine)):
+        if args[name] != defaults[name]:
+            shown = "MODEL" if name == "model_word" else flags.flag_of(name)
+            raise UsageError(f"{shown} has no meaning with --url: the server has its model loaded.")
+
+    from jaxserve.cli.chat_models import ServedModel
+
+    yield ServedModel(complete_client.Client(args.url, args.api_key), args.model_name)
 
 
 class Chat:
     """One conversation and its settings.
 
     Args:
-        llm: the model.
+        model: answers.
         sampling: fields of SamplingParams that differ from the model's defaults.
         system: the system message, if any.
 
@@ -83,25 +112,13 @@ class Chat:
         failed: whether any input was refused.
     """
 
-    def __init__(self, llm: LLM, sampling: dict[str, Any], system: str | None) -> None:
-        self._llm = llm
-        defaults = llm.get_default_sampling_params()
-        self._settings = {name: getattr(defaults, name) for name in _setting_names()}
-        # Without a limit an answer may go on to the context's end.
-        self._settings |= {"max_tokens": None} | sampling
+    def __init__(self, model: Model, sampling: dict[str, Any], system: str | None) -> None:
+        self._model = model
+        self._settings = model.defaults() | sampling
         self._system = system
         self._last: Answer | None = None
         self.messages: list[dict[str, Any]] = []
         self.failed = False
-
-    def greet(self, model: str | None) -> None:
-        """Says who is there."""
-        if model is None:
-            print("Chatting with the demo model, a toy of 5 million parameters: it knows a little")
-            print("about jaxserve and small talk, and it is no measure of quality.")
-        else:
-            print(f"Chatting with {model}.")
-        print("/help lists the commands.")
 
     def handle(self, turn: str) -> bool:
         """Answers one turn or carries out a command; False when it is time to leave."""
@@ -146,25 +163,28 @@ class Chat:
             raise InvalidRequestError(f"There is no setting {name!r}; there are {known}.")
         if value:
             changed = self._settings | {name: _parse(value.strip())}
-            SamplingParams(**changed)
+            self._model.check(changed)
             self._settings = changed
         print(f"{name} = {self._settings[name]!r}")
 
     def stats(self, _: str) -> None:
         """/stats: figures of the last answer and of all so far."""
-        if self._last is not None and self._last.output is not None:
-            answer, output = self._last, self._last.output
+        answer = self._last
+        if answer is not None and answer.token_times:
             print(f"last answer: {answer.summary()}")
-            first = answer.token_times[0] - answer.started
-            cached = output.num_cached_tokens or 0
-            print(f"first token after {first:.2f} s, {cached} prompt tokens from the prefix cache")
-            used = len(output.prompt_token_ids) + len(answer.token_times)
-            print(f"context: {used} of {self._llm.config.max_model_len} tokens")
-        total = self._llm.stats
-        print(
-            f"in all: prompt {total.prompt_tokens} tokens ({total.cached_tokens} cached), "
-            f"output {total.generation_tokens} tokens, {total.steps} steps"
-        )
+            first, cached = f"first token after {answer.first_after():.2f} s", answer.cached_tokens
+            print(
+                first
+                if cached is None
+                else f"{first}, {cached} prompt tokens from the prefix cache"
+            )
+            if answer.prompt_tokens is not None and answer.output_tokens is not None:
+                most = self._model.max_model_len
+                limit = "" if most is None else f" of {most}"
+                print(f"context: {answer.prompt_tokens + answer.output_tokens}{limit} tokens")
+        totals = self._model.totals()
+        if totals is not None:
+            print(totals)
 
     def retry(self, _: str) -> None:
         """/retry: answer the last message anew."""
@@ -208,18 +228,11 @@ class Chat:
 
     def _ask(self, messages: list[dict[str, Any]]) -> None:
         """Answers the last of the messages; the answer joins them, unless there is none."""
-        from jaxserve.cli.streaming import stream
-
-        answer = stream(self._llm, self._all(messages), SamplingParams(**self._settings))
+        answer = self._model.answer(self._all(messages), self._settings)
         print(" [stopped]" if answer.stopped else "", flush=True)
         self._last = answer
         if answer.text or not answer.stopped:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
-
-
-def _setting_names() -> list[str]:
-    names = list(SamplingParams.__dataclass_fields__)
-    return [name for name in names if name not in flags.SAMPLING_HIDDEN]
 
 
 def _parse(value: str) -> Any:

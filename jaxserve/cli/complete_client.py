@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 from jaxserve.cli.flags import Parser
 from jaxserve.errors import JaxserveError
 
 URL = "http://127.0.0.1:8000"
+CUT_OFF = "the server closed the connection before the answer's end"
 
 
 class ServerError(JaxserveError):
     """The server can't be reached, or refused the request."""
 
 
-def add_flags(parser: Parser) -> None:
+URL_HELP = f"of the server, with or without /v1 [default: OPENAI_BASE_URL, or {URL}]"
+
+
+def add_flags(parser: Parser, url_help: str = URL_HELP) -> None:
     """Where the server is."""
-    text = f"of the server, with or without /v1 [default: OPENAI_BASE_URL, or {URL}]"
-    parser.add_argument("--url", type=str, metavar="URL", help=text)
+    parser.add_argument("--url", type=str, metavar="URL", help=url_help)
     text = "of the server [default: OPENAI_API_KEY]"
     parser.add_argument("--api-key", type=str, metavar="KEY", help=text)
     text = "name of the model [default: the server's first]"
@@ -51,7 +55,25 @@ class Client:
     def models(self) -> list[dict[str, Any]]:
         """The cards of the models that the server has."""
         with self._open("/v1/models", None) as reply:
-            return json.load(reply)["data"]
+            try:
+                cards: list[dict[str, Any]] = json.load(reply)["data"]
+            except (ValueError, KeyError, TypeError):
+                raise ServerError(f"what answers at {self.url} lists no models") from None
+        return cards
+
+    def model(self, name: str | None) -> dict[str, Any]:
+        """The card of a model, by default the first one's. A name that the server doesn't list
+        gets a card of its name only, because not all servers list all.
+
+        Raises:
+            ServerError: the server can't be reached, or has no models.
+        """
+        cards = self.models()
+        if name is not None:
+            return next((card for card in cards if card["id"] == name), {"id": name})
+        if not cards:
+            raise ServerError(f"the server at {self.url} has no models")
+        return cards[0]
 
     def ready(self) -> bool:
         """Whether the server takes requests."""
@@ -70,14 +92,14 @@ class Client:
         with self._open(path, body) as reply:
             return json.load(reply)
 
-    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def stream(self, path: str, body: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
         """Posts a request and gives the chunks of the answer as they come.
 
         Raises:
             ServerError: the server can't be reached, refuses the request or fails on the way.
         """
         with self._open(path, body | {"stream": True}) as reply:
-            for line in reply:
+            for line in _lines(reply):
                 if not line.startswith(b"data:"):
                     continue
                 data = line[5:].strip()
@@ -87,7 +109,7 @@ class Client:
                 if "error" in chunk:
                     raise ServerError(f"the server reports: {chunk['error'].get('message')}")
                 yield chunk
-        raise ServerError("the server closed the connection before the answer's end")
+        raise ServerError(CUT_OFF)
 
     def _open(self, path: str, body: dict[str, Any] | None) -> Any:
         headers = {"Content-Type": "application/json", **self.headers}
@@ -102,6 +124,16 @@ class Client:
             raise ServerError(
                 f"no server answers at {self.url} ({reason}); `jaxserve serve` starts one"
             ) from None
+
+
+def _lines(reply: Any) -> Iterator[bytes]:
+    """The lines of a reply while they come."""
+    try:
+        yield from reply
+    except TimeoutError:
+        raise ServerError("the server went silent in the middle of the answer") from None
+    except (OSError, http.client.HTTPException):
+        raise ServerError(CUT_OFF) from None
 
 
 def _message(error: urllib.error.HTTPError) -> str:

@@ -91,13 +91,14 @@ def _readable(message: str) -> str:
     wrong = re.match(pattern, message, re.DOTALL)
     if wrong:
         kind = {"int": "an integer", "float": "a number"}.get(wrong[2], wrong[2])
-        return f"{_flag(wrong[1].rpartition('.')[2])} must be {kind}, got {wrong[3]!r}"
+        return f"{flag_of(wrong[1].rpartition('.')[2])} must be {kind}, got {wrong[3]!r}"
     message = re.sub(r"^argument (--[\w-]+): must be", r"\1 must be", message)
     message = re.sub(r"(?<=required: ).*", lambda m: re.sub(r"(\w+\.)+", "", m[0]), message)
     return " ".join(message.split())
 
 
-def _flag(name: str) -> str:
+def flag_of(name: str) -> str:
+    """--max-model-len for max_model_len."""
     return "--" + name.replace("_", "-")
 
 
@@ -194,7 +195,7 @@ def add_fields(
                     options["help"] += f" [default: {' '.join(field.default)}]"
                 options["default"] = None
         short = [SHORT[field.name]] if field.name in SHORT else []
-        group.add_argument(*(names or {}).get(field.name, (_flag(field.name), *short)), **options)
+        group.add_argument(*(names or {}).get(field.name, (flag_of(field.name), *short)), **options)
 
 
 def size(value: Any) -> int | None:

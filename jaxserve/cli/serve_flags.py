@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jsonargparse import ActionYesNo, Namespace
 
 from jaxserve.cli import flags
-from jaxserve.cli.flags import Parser, UsageError
+from jaxserve.cli.flags import Parser, UsageError, flag_of
 from jaxserve.compat import SERVER_FIXED, SERVER_NO_OPS, SHORT, SWITCHES, foreign_flags
 from jaxserve.config import EngineConfig
 
@@ -85,11 +85,6 @@ def add_foreign_flags(parser: Parser) -> None:
         else:
             options = {"type": Any}
         parser.add_argument(*words, default=None, help=argparse.SUPPRESS, **options)
-
-
-def flag_of(name: str) -> str:
-    """--max-model-len for max_model_len."""
-    return "--" + name.replace("_", "-")
 
 
 # --- The environment and the YAML file ------------------------------------------------------------

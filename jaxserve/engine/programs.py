@@ -80,7 +80,7 @@ class Programs:
 
     Args:
         lowerings: key -> a function that traces and lowers the program.
-        stats: counts compilations, as "warmup" once started, else as "late".
+        stats: counts compilations, as "warmup" once started, else as "late", and who waits for one.
         on_demand: the same for programs that are compiled only when somebody needs them, "late".
 
     Attributes:
@@ -131,10 +131,12 @@ class Programs:
             if key in self._queue:
                 self._queue.remove(key)
             self._waiting_for_demand.discard(key)
+            self._stats.waiting_for_programs += 1
         if mine:
             self._compile(key)
         with self._changed:
             self._changed.wait_for(lambda: key in self._ready or key in self._errors)
+            self._stats.waiting_for_programs -= 1
         if key in self._errors:
             raise self._errors[key]
         return self._ready[key]

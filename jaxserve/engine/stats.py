@@ -20,6 +20,7 @@ class Stats:
         recoveries: failed steps after which everything was computed anew.
         finished: requests by finish reason.
         compilations: programs compiled, by "warmup" and "late" (after it).
+        waiting_for_programs: callers that wait for a program to be compiled, now.
     """
 
     steps: int = 0
@@ -34,6 +35,7 @@ class Stats:
     recoveries: int = 0
     finished: dict[str, int] = field(default_factory=dict)
     compilations: dict[str, int] = field(default_factory=dict)
+    waiting_for_programs: int = 0
 
     @property
     def padding_waste(self) -> float:

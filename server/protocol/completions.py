@@ -72,6 +72,8 @@ def parse_completion(
     logprobs = values["logprobs"]
     if logprobs is not None and (isinstance(logprobs, bool) or not isinstance(logprobs, int)):
         raise wrong("logprobs", logprobs, "must be an integer")
+    if echo and logprobs is not None and values["use_beam_search"]:
+        raise InvalidRequestError("echo with logprobs can't be had with use_beam_search.", "echo")
     if echo and logprobs is not None and values["prompt_logprobs"] is None:
         values["prompt_logprobs"] = logprobs
     if values["prompt_logprobs"] is not None and values["stream"] and not echo:
@@ -110,7 +112,8 @@ def parse_generate(
 
 
 def prompts(name: str, value: Any, most: int) -> list[Prompt]:
-    """The prompts of any of the four forms, none of them empty."""
+    """The prompts of any of the four forms, none of them empty; see ``_is_ids`` for what is left to
+    ``Service.admit``."""
     items = [value] if isinstance(value, str) or _is_ids(value) else value
     if not isinstance(items, list) or not items:
         raise wrong(name, value, "must be a text, token ids, or a list of either, not empty")
@@ -124,5 +127,6 @@ def prompts(name: str, value: Any, most: int) -> list[Prompt]:
 
 
 def _is_ids(value: Any) -> bool:
-    """Whether it is a list of integers, which the vocabulary bounds later; [] is none."""
-    return isinstance(value, list) and bool(value) and all(type(one) is int for one in value)
+    """Whether it is a list that begins with an integer. The others are looked at when its length
+    is known to fit into the context: there may be millions."""
+    return isinstance(value, list) and bool(value) and type(value[0]) is int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import orjson
 
 from jaxserve.errors import InvalidRequestError
@@ -27,22 +28,24 @@ def parse_object(body: bytes) -> dict[str, Any]:
         raise InvalidRequestError(f"The body is not valid JSON: {error}.") from None
     if not isinstance(value, dict):
         raise InvalidRequestError("The body must be a JSON object.")
-    # Counting brackets is an upper bound that spares most bodies the walk.
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _deeper_than(value, MAX_DEPTH):
+    if _depth(body) > MAX_DEPTH:
         raise InvalidRequestError(f"The body is nested more than {MAX_DEPTH} levels deep.")
     return value
 
 
-def _deeper_than(value: Any, depth: int) -> bool:
-    """Whether containers are nested deeper than ``depth``, found level by level."""
-    level = [value]
-    for _ in range(depth):
-        level = [
-            child
-            for container in level
-            for child in (container.values() if isinstance(container, dict) else container)
-            if isinstance(child, dict | list)
-        ]
-        if not level:
-            return False
-    return True
+def _depth(body: bytes) -> int:
+    """How many levels of brackets a valid JSON text nests, at about 4 ns a byte at most. To walk
+    the value instead takes fifty times as long if it holds lists of token ids."""
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return 0  # it can't be deeper, so how deep it is doesn't matter
+    if b"\\" in body:  # then what is left of quotes are the ends of strings
+        body = body.replace(b"\\\\", b"").replace(b'\\"', b"")
+    marks = np.frombuffer(body.translate(None, _NO_MARKS), np.uint8)
+    inside = np.logical_xor.accumulate(marks == ord('"'))
+    steps = np.where(inside, 0, _STEPS[marks])
+    return int(steps.cumsum(dtype=np.int32).max(initial=0))
+
+
+_NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))
+_STEPS = np.zeros(256, np.int8)
+_STEPS[list(b"[{")], _STEPS[list(b"]}")] = 1, -1

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jaxserve.beam_search import BeamSearchParams
 from jaxserve.errors import InvalidRequestError
 from jaxserve.sampling.params import SamplingParams
 from server.config import ServerConfig
+from server.protocol.beams import BEAM_FIELDS, beam_params
 from server.protocol.fields import (
     Field,
     Schema,
@@ -110,7 +112,6 @@ def _cache_salt(name: str, value: Any) -> str:
 
 
 _GRAMMAR = "constrained output is not available yet"
-_BEAM = "there is no beam search on this route"
 _NOT_HERE = "this server has nothing that it could set"
 
 COMMON: dict[str, Field] = {
@@ -122,9 +123,7 @@ COMMON: dict[str, Field] = {
     ),
     **SAMPLING,
     "n": integer("Completions per prompt.", 1, MAX_INT32, 1),
-    "use_beam_search": unsupported(_BEAM, (False,)),
-    "length_penalty": unsupported(_BEAM, (1, 1.0)),
-    "early_stopping": unsupported(_BEAM, (False,)),
+    **BEAM_FIELDS,
     "priority": integer(
         "Lower goes first, where the engine schedules by priority.", -(2**31), MAX_INT32, 0
     ),
@@ -169,7 +168,9 @@ class Options:
 
     Attributes:
         n, best_of: completions returned and generated per prompt.
-        params: of one completion each; ``params.n`` equals ``best_of``.
+        params: of one completion each; ``params.n`` equals ``best_of``, but 1 with ``beams``.
+        beams: the search that finds the completions instead of sampling; then ``params`` says how
+            they are shown.
         max_tokens: asked for, None if the request didn't say; then params has a default, which the
             context's end cuts short.
         show_logprobs: the reply has log-probabilities; ``params.logprobs`` may be set without.
@@ -180,6 +181,7 @@ class Options:
     include_usage: bool
     continuous_usage: bool
     params: SamplingParams
+    beams: BeamSearchParams | None
     n: int
     best_of: int
     max_tokens: int | None
@@ -219,22 +221,27 @@ def options(
     if best_of > n and values["stream"]:
         raise InvalidRequestError("best_of larger than n can't be streamed.", "best_of")
     given = {name: values[name] for name in SAMPLING if values[name] is not None}
+    fallback = defaults.get("max_tokens", default_max_tokens)
+    most = fallback if max_tokens is None else max_tokens
+    beams = beam_params(values, given, best_of, most)
     # Choosing the best of several needs the log-probability of each.
     wanted = 0 if logprobs is None and best_of > n else logprobs
-    fallback = defaults.get("max_tokens", default_max_tokens)
     sampling = {
         **defaults,
         **given,
         "n": best_of,
-        "max_tokens": fallback if max_tokens is None else max_tokens,
+        "max_tokens": most,
         "logprobs": wanted,
     }
+    if beams is not None:  # the model's defaults are about sampling
+        sampling = {**given, "n": 1, "max_tokens": most, "logprobs": wanted}
     return Options(
         model=values["model"],
         stream=values["stream"],
         include_usage=usage["include_usage"],
         continuous_usage=usage["continuous_usage_stats"],
         params=SamplingParams(**sampling),
+        beams=beams,
         n=n,
         best_of=best_of,
         max_tokens=max_tokens,

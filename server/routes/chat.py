@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from server import sse
+from server.beams import make_run
 from server.body import json_object
 from server.generation import Completion, Delta, Run
 from server.logprobs import chat_logprobs, prompt_logprobs
@@ -26,14 +27,14 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     options = await service.texts.with_bad_words(wanted.options)
     prompt = await service.conversation(wanted.conversation, options)
     request_id, role = new_id("chatcmpl"), service.config.response_role
-    service.log_request(request_id, [prompt], options.params)
-    async with Run(service, request_id, [prompt], options) as run:
+    service.log_request(request_id, [prompt], options)
+    async with make_run(service, request_id, [prompt], options) as run:
         if options.stream:
             start = head(request_id, "chat.completion.chunk", model)
             return await sse.respond(request, _chunks(run, start, role))
         await run.finish()
     start = head(request_id, "chat.completion", model)
-    choices = [_whole(one, options, role) for one in run.completions]
+    choices = [_whole(one, options, role) for one in run.best()]
     return json_response({**start, "choices": choices, "usage": run.usage()})
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from aiohttp import web
 
 from server import sse
+from server.beams import make_run
 from server.body import json_object
 from server.generation import Completion, Delta, Run
 from server.logprobs import CompletionLogprobs, prompt_logprobs
@@ -26,9 +27,9 @@ async def completions(request: web.Request) -> web.StreamResponse:
     prompts = await service.prompts(wanted.prompts, wanted.add_special_tokens, options)
     echoes = [await _echo(service, prompt) if wanted.echo else "" for prompt in prompts]
     request_id = new_id("cmpl")
-    service.log_request(request_id, prompts, options.params)
+    service.log_request(request_id, prompts, options)
     start = head(request_id, "text_completion", model)
-    async with Run(service, request_id, prompts, options) as run:
+    async with make_run(service, request_id, prompts, options) as run:
         choices = [
             _Choice(wanted, one, echoes[number // options.best_of], service.texts.token)
             for number, one in enumerate(run.completions)

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 import orjson
 from aiohttp import web
 
+from server.beams import make_run
 from server.body import json_object
 from server.errors import api_error
 from server.generation import Run
@@ -34,8 +35,8 @@ async def generate(request: web.Request) -> web.StreamResponse:
     if prompt is None:
         prompt = await service.texts.decode(prompts[0].token_ids, "prompt")
     request_id = new_id("generate")
-    service.log_request(request_id, prompts, options.params)
-    async with Run(service, request_id, prompts, options) as run:
+    service.log_request(request_id, prompts, options)
+    async with make_run(service, request_id, prompts, options) as run:
         if not options.stream:
             await run.finish()
             return json_response({"text": [prompt + one.output.text for one in run.best()]})

@@ -18,11 +18,13 @@ STATS_TIMEOUT_S = 2.0
 
 
 async def health(request: web.Request) -> web.Response:
-    """200 if the engine's heartbeat was heard lately, else 503. Never waits for anything."""
+    """200 if the engine was heard of lately and gets on, or compiles what it needs to; else 503.
+    Never waits for anything."""
     service = request.app[SERVICE]
     if not service.alive:
         raise unavailable(f"The engine is {service.engine.state}.", "unhealthy")
-    return json_response({"status": "ok", "engine": service.engine.state})
+    engine = service.engine
+    return json_response({"status": "ok", "engine": engine.state, "compiling": engine.compiling})
 
 
 async def ready(request: web.Request) -> web.Response:

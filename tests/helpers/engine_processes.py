@@ -12,13 +12,17 @@ from typing import Any
 
 from jaxserve import EngineConfig
 from server.engine_client import EngineClient
-from server.engine_supervisor import EngineProcess
+from server.engine_supervisor import LONGEST_SILENCE_S, EngineProcess
 
 FAKE = (sys.executable, "-m", "tests.helpers.fake_engine_process")
 
 
 def fake_process(
-    *, restart: bool = True, step_timeout_s: float = 60.0, **options: Any
+    *,
+    restart: bool = True,
+    step_timeout_s: float = 60.0,
+    silence_s: float = LONGEST_SILENCE_S,
+    **options: Any,
 ) -> EngineProcess:
     """A process with a fake engine; see ``fake_engine_process`` for the options."""
     command = (*FAKE, json.dumps(options))
@@ -28,6 +32,7 @@ def fake_process(
         restart=restart,
         step_timeout_s=step_timeout_s,
         back_off_s=0.5,
+        silence_s=silence_s,
     )
 
 

@@ -41,6 +41,7 @@ class FakeEngineClient:
         self.startup = Startup("ready", 1, 1, 0.0)
         self.state = "ready"
         self.silent_s = 0.0
+        self.compiling = False
         self.live: dict[str, EngineStream] = {}
         self.submitted: list[tuple[str, list[int], SamplingParams, str, int]] = []
         self.fail_after: int | None = None
@@ -144,13 +145,13 @@ class FakeEngineClient:
             stream.put(
                 TokenEvent(
                     [token],
-                    None if params.logprobs is None else [_logprobs(token, params.logprobs)],
+                    None if params.logprobs is None else [next_logprobs(token, params.logprobs)],
                     reason,
                     token if stops else None,
                     0,
                     prompt_logprobs=None
                     if params.prompt_logprobs is None or place > 0
-                    else [_logprobs(one, params.prompt_logprobs) for one in prompt[1:]],
+                    else [next_logprobs(one, params.prompt_logprobs) for one in prompt[1:]],
                 )
             )
             if reason is not None:
@@ -158,7 +159,7 @@ class FakeEngineClient:
         self._forget(stream.request_id)
 
 
-def _logprobs(token: int, count: int) -> TokenLogprobs:
+def next_logprobs(token: int, count: int) -> TokenLogprobs:
     """The token as the second likeliest: -0.5 for its successor, -1.5 for itself, ..."""
     order = [(token + 1) % VOCAB, token, *((token + i) % VOCAB for i in range(2, 30))]
     top = tuple((one, -0.5 - rank) for rank, one in enumerate(order[:count]))

@@ -13,10 +13,12 @@ from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from jaxserve.engine.core import Engine
 from jaxserve.engine.decision import Decision, StepResult
 from jaxserve.engine.page_allocator import PADDING_PAGE, PageAllocator
-from jaxserve.engine.request import Request, RequestUpdate
+from jaxserve.engine.request import PromptRead, Request, RequestUpdate
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.stats import Stats
 
@@ -80,6 +82,17 @@ class Lane:
         return self.start + len(self.token_ids)
 
 
+def _pooled(decision: Decision, lanes: list[Lane]) -> list[tuple[Request, PromptRead]]:
+    """Of requests for embeddings: the sum of the tokens of this piece of their prompts, and their
+    number."""
+    sums = np.array([[sum(lane.token_ids), len(lane.token_ids)] for lane in lanes], np.float32)
+    return [
+        (request, PromptRead(lane.start, pooled=pooled))
+        for request, lane, pooled in zip(decision.requests, lanes, sums)
+        if request.pooling is not None
+    ]
+
+
 @dataclass(eq=False)
 class Step:
     """The handle of a dispatched step."""
@@ -87,6 +100,7 @@ class Step:
     number: int
     lanes: list[Lane]
     cells: list[list[int]]
+    reads: list[tuple[Request, PromptRead]]
     token_ids: list[int] | None = None
 
 
@@ -141,7 +155,8 @@ class FakeRunner:
         self._num_dispatched += 1
         lanes = self._lanes(decision)
         self._check(decision, lanes)
-        step = Step(self._num_dispatched, lanes, decision.table_updates.tolist())
+        reads = _pooled(decision, lanes)
+        step = Step(self._num_dispatched, lanes, decision.table_updates.tolist(), reads)
         self._stream.append(step)
         return step
 
@@ -152,7 +167,7 @@ class FakeRunner:
         self._execute_until(step.number)
         self._num_collected = step.number
         assert step.token_ids is not None
-        return StepResult(step.token_ids)
+        return StepResult(step.token_ids, prompt_reads=step.reads)
 
     def close(self) -> None:
         """Refuses all further work."""

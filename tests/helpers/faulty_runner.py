@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 from jaxserve.engine.core import Engine, Runner
 from jaxserve.engine.decision import Decision, StepResult
+from jaxserve.engine.stats import Stats
 
-Fault = Literal["dispatch", "collect", "nan", "hang", "slow"]
+Fault = Literal["dispatch", "collect", "nan", "hang", "slow", "compile"]
 """What goes wrong: starting a step raises; waiting for it raises; all its logits are NaN; waiting
-for it never ends, or takes a while."""
+for it never ends, or takes a while; starting it takes COMPILE_S, for a program is missing."""
+COMPILE_S = 3.0
 
 
 class DeviceFailure(Exception):
@@ -24,6 +26,7 @@ class FaultyRunner:
     Args:
         runner: does the work.
         fault_of: what goes wrong in step k, if anything; steps count from 0, failed ones too.
+        stats: of the engine, for what a runner notes there.
         on_failure: called just before an error is raised.
     """
 
@@ -31,9 +34,11 @@ class FaultyRunner:
         self,
         runner: Runner,
         fault_of: Callable[[int], Fault | None],
+        stats: Stats,
         on_failure: Callable[[], None] = lambda: None,
     ) -> None:
         self._runner = runner
+        self._stats = stats
         self._fault_of = fault_of
         self._on_failure = on_failure
         self.num_steps = 0
@@ -47,6 +52,10 @@ class FaultyRunner:
         self.num_steps += 1
         if fault == "dispatch":
             self._fail("the step could not be started")
+        if fault == "compile":
+            self._stats.waiting_for_programs += 1
+            time.sleep(COMPILE_S)
+            self._stats.waiting_for_programs -= 1
         return fault, decision.num_lanes, self._runner.dispatch(decision)
 
     def collect(self, handle: Any) -> StepResult:
@@ -80,6 +89,6 @@ def inject(
     """Puts a faulty runner before an engine's own; ``faults`` maps steps to what goes wrong."""
     assert engine._runner is not None
     fault_of = faults if callable(faults) else faults.get
-    runner = FaultyRunner(engine._runner, fault_of, on_failure)
+    runner = FaultyRunner(engine._runner, fault_of, engine.stats, on_failure)
     engine._runner = runner
     return runner

@@ -12,7 +12,7 @@ from pathlib import Path
 from jsonargparse import ActionYesNo
 
 from jaxserve.cli import serve
-from jaxserve.cli.serve_flags import flag_of
+from jaxserve.cli.flags import flag_of
 from jaxserve.compat import SERVER_FIXED, SERVER_NO_OPS, SWITCHES
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "server.md"

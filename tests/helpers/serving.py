@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -87,17 +88,24 @@ def parse_events(text: str) -> list[Any]:
 
 @asynccontextmanager
 async def front_end(
-    engine: FakeEngineClient | None = None, tokenizer: bool = True, **settings: Any
+    engine: FakeEngineClient | None = None,
+    tokenizer: bool = True,
+    send_buffer: int | None = None,
+    **settings: Any,
 ) -> AsyncIterator[Front]:
-    """A front-end with these settings of ServerConfig."""
+    """A front-end with these settings of ServerConfig; the system keeps ``send_buffer`` bytes that
+    a client doesn't read."""
     engine = engine or FakeEngineClient(list(story()))
     config = ServerConfig(**settings)
     names = config.served_model_name or (MODEL,)
     app = create_app(config, engine, demo_tokenizer() if tokenizer else None, names)
     runner = create_runner(app)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    port = runner.addresses[0][1]
+    sock = socket.create_server(("127.0.0.1", 0))
+    if send_buffer is not None:  # connections inherit it
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
+    await web.SockSite(runner, sock).start()
+    port = sock.getsockname()[1]
     try:
         async with aiohttp.ClientSession() as session:
             yield Front(engine, port, session)

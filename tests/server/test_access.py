@@ -57,7 +57,7 @@ def test_every_route_but_the_open_ones_wants_a_key() -> None:
     (
         *("", "Bearer", "Bearer ", "Bearer wrong", f"Basic {KEY}", f"Bearer\t{KEY}", KEY),
         *(f"Bearer {KEY}x", f"Bearer {KEY[:-1]}", f"Bearer {KEY} x", f"Bearer  {KEY}"),
-        "Bearer " + "x" * 8000,
+        *("Bearer " + "x" * 8000, "Bearer " + "x" * 2**20, "Bearer kéy"),
     ),
 )
 def test_what_is_no_key_opens_nothing(header: str) -> None:
@@ -76,7 +76,12 @@ def test_no_spelling_of_a_path_gets_around_the_keys() -> None:
         async with front_end(api_keys=(KEY,)) as front:
             targets = ("/%76%31/models", "//v1/models", "/v1/../v1/models", "/health/../v1/models")
             heads = ("Host: a/?x=", "Host: x\r\nAuthorization: Bearer a\r\nAuthorization: Bearer b")
-            for target in (*targets, "/V1/models", f"http://x:{front.port}/v1/models"):
+            for target in (
+                *targets,
+                "/v1/../metrics/../v1/models",
+                "/V1/models",
+                f"http://x:{front.port}/v1/models",
+            ):
                 for head in heads:
                     reader, writer = await asyncio.open_connection("127.0.0.1", front.port)
                     text = f"GET {target} HTTP/1.1\r\n{head}\r\nConnection: close\r\n\r\n"

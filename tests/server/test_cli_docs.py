@@ -11,7 +11,8 @@ import pytest
 
 from jaxserve.__main__ import make_parser
 from jaxserve.cli import serve
-from jaxserve.cli.serve_flags import NAMES, flag_of
+from jaxserve.cli.flags import flag_of
+from jaxserve.cli.serve_flags import NAMES
 from server.auth import OPEN_ROUTES
 from server.config import ServerConfig
 from tests.helpers import flag_docs

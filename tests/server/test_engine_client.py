@@ -252,7 +252,7 @@ BAD_FRAMES = {
     "no msgpack": wire.HEADER.pack(4) + b"\xc1\xc1\xc1\xc1",
     "no message": wire.HEADER.pack(1) + b"\x01",
     "empty": wire.HEADER.pack(0),
-    "an engine's message": wire.encode(wire.Heartbeat(0, 0, 0)),
+    "an engine's message": wire.encode(wire.Heartbeat(0, 0, 0, False)),
     "a field of the wrong type": wire.encode(wire.Abort([1])),  # type: ignore[list-item]
     "too large": wire.HEADER.pack(wire.MAX_FRAME_BYTES + 1),
     "larger still": b"\xff" * 64,

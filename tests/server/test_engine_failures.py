@@ -17,7 +17,14 @@ from jaxserve import SamplingParams
 from server.engine_client import EngineClient, EngineDeadError
 from tests.helpers.engine_processes import fake_client, fake_process, until
 from tests.helpers.fake_runner import naive
-from tests.server.test_engine_client import LONG, VOCAB, greedy, play, read
+from tests.server.test_engine_client import (
+    LONG,
+    VOCAB,
+    greedy,
+    play,
+    read,
+    seconds_until_idle,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -214,6 +221,88 @@ def test_a_hung_step_is_written_down_and_the_process_started_anew(
     assert "running, 3 prompt tokens, 5 output tokens, row 0" in err
     assert "collect" in err and "most recent call first" in err, "all threads are shown"
     assert "(exit code 4)" in caplog.text
+
+
+def test_compiling_a_program_late_is_no_hang() -> None:
+    """It takes longer than the watchdog waits."""
+
+    async def scene(client: EngineClient) -> None:
+        first = pid_of(client)
+        reader = asyncio.create_task(read(client.submit("a", [1, 2, 3], greedy(20))))
+        await until(lambda: client.compiling, 5)
+        assert time.monotonic() - client.last_heartbeat < 1
+        tokens, last = await reader
+        assert (tokens, last.finish_reason) == (naive([1, 2, 3], 20, VOCAB), "length")
+        assert pid_of(client) == first
+        await until(lambda: not client.compiling, 3)
+
+    play(scene, faults={5: "compile"}, step_timeout_s=1)
+
+
+def test_a_hang_after_a_late_compilation_is_one() -> None:
+    async def scene(client: EngineClient) -> None:
+        _, last = await read(client.submit("a", [1, 2, 3], greedy(20)))
+        assert last.finish_reason == "error"
+
+    play(scene, faults={3: "compile", 5: "hang"}, step_timeout_s=1)
+
+
+# --- the process says nothing -------------------------------------------------------------------
+
+
+def test_a_stopped_process_is_noticed_within_five_seconds_and_killed(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scene(client: EngineClient) -> None:
+        first = pid_of(client)
+        streams = [client.submit(str(i), [i], greedy(3000)) for i in range(3)]
+        readers = [asyncio.create_task(read(stream)) for stream in streams]
+        await asyncio.sleep(0.2)
+        os.kill(first, signal.SIGSTOP)
+        stopped = time.monotonic()
+        for _, last in await asyncio.gather(*readers):
+            assert (last.finish_reason, last.error) == ("error", "The engine has failed.")
+        assert client.state == "dead"
+        assert 2 < time.monotonic() - stopped < 5
+        await until(lambda: client.state == "ready", 10)
+        assert not is_running(first)
+        assert (await read(client.submit("again", [1], greedy(9))))[0] == naive([1], 9, VOCAB)
+
+    play(scene, pace="slow", silence_s=5, **LONG)
+    assert "the engine's process is killed: nothing was heard for 5 s." in caplog.text
+    assert "it is started again in 0.5 s" in caplog.text
+
+
+def test_a_short_pause_changes_nothing() -> None:
+    async def scene(client: EngineClient) -> None:
+        first = pid_of(client)
+        reader = asyncio.create_task(read(client.submit("a", [1], greedy(150))))
+        for _ in range(2):
+            os.kill(first, signal.SIGSTOP)
+            await asyncio.sleep(1.5)
+            os.kill(first, signal.SIGCONT)
+            await asyncio.sleep(0.2)
+            assert client.state == "ready"
+        assert (await reader)[0] == naive([1], 150, VOCAB)
+        assert pid_of(client) == first
+
+    play(scene, pace="slow", **LONG)
+
+
+def test_who_comes_back_after_its_requests_were_given_up_serves_on() -> None:
+    """Longer than front-ends wait, shorter than the supervisor does."""
+
+    async def scene(client: EngineClient) -> None:
+        first = pid_of(client)
+        stream = client.submit("a", [1], greedy(3000))
+        os.kill(first, signal.SIGSTOP)
+        assert (await read(stream))[1].finish_reason == "error"
+        os.kill(first, signal.SIGCONT)
+        await until(lambda: client.state == "ready", 5)
+        assert pid_of(client) == first
+        assert await seconds_until_idle(client) < 1, "what was given up was aborted"
+
+    play(scene, pace="slow", **LONG)
 
 
 def test_an_idle_engine_does_not_hang() -> None:

@@ -20,7 +20,7 @@ MESSAGES: list[wire.Message] = [
     wire.Starting("weights", 1, 2, None),
     wire.Starting("weights", 1, 2, 0),
     wire.Ready({"model": "m"}),
-    wire.Heartbeat(0.0, 1, 2),
+    wire.Heartbeat(0.0, 1, 2, False),
     wire.Events([["a", [1], None, "stop", None, 0, None, None]]),
 ]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from jaxserve.cli.chat import Chat
+from jaxserve.cli.chat_models import LocalModel, ServedModel
 from jaxserve.cli.turns import read_turns
 from jaxserve.engine.stats import Stats
 from jaxserve.errors import InvalidRequestError
@@ -46,7 +48,7 @@ def llm() -> EchoLLM:
 
 @pytest.fixture
 def chat(llm: EchoLLM) -> Chat:
-    return Chat(llm, {"temperature": 0.5}, None)  # type: ignore[arg-type]
+    return Chat(LocalModel(llm, None), {"temperature": 0.5}, None)  # type: ignore[arg-type]
 
 
 def test_turns_build_up_and_reset_forgets_them(chat: Chat, llm: EchoLLM, capsys) -> None:
@@ -108,6 +110,40 @@ def test_what_goes_wrong_ends_only_the_turn(chat: Chat, capsys) -> None:
     assert "too long" in captured.err
     assert "3:two" in captured.out and "/save FILE" in captured.out
     assert "last answer: prompt 2 tokens, output 2 tokens" in captured.out
+
+
+class StubbornClient:
+    """A server that says one word and then nothing, until the user presses Ctrl-C."""
+
+    url = "http://server"
+
+    def __init__(self) -> None:
+        self.bodies: list[dict[str, Any]] = []
+        self.closed = 0
+
+    def model(self, name: str | None) -> dict[str, Any]:
+        return {"id": name or "first"}
+
+    def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        self.bodies.append(body)
+        try:
+            if body["messages"][-1]["content"] == "speak":
+                yield {"choices": [{"index": 0, "delta": {"content": "Word"}}]}
+            raise KeyboardInterrupt
+        finally:
+            self.closed += 1
+
+
+def test_ctrl_c_stops_a_server_that_is_silent(capsys) -> None:
+    client = StubbornClient()
+    chat = Chat(ServedModel(client, None), {"top_p": 0.5}, None)  # type: ignore[arg-type]
+    assert all(map(chat.handle, ("silence", "speak", "/stats")))
+    assert capsys.readouterr().out.startswith(" [stopped]\nWord [stopped]\nlast answer: stopped\n")
+    assert client.closed == 2 and not chat.failed
+    assert [message["content"] for message in chat.messages] == ["speak", "Word"]
+    messages = [{"role": "user", "content": "silence"}]
+    told = {"model": "first", "messages": messages, "top_p": 0.5}
+    assert client.bodies[0] == told | {"stream_options": {"include_usage": True}}
 
 
 @pytest.mark.parametrize(

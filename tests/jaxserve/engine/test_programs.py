@@ -47,6 +47,21 @@ def test_get_compiles_on_demand_and_once() -> None:
     assert stats.compilations == {"late": 1}
 
 
+def test_who_waits_for_a_program_is_counted_while_it_is_compiled() -> None:
+    stats, gate = Stats(), Gate()
+    programs = Programs({0: gate, 1: lowering(1)}, stats, on_demand={2: failing})
+    programs.get(1)
+    thread = threading.Thread(target=programs.get, args=(0,))
+    thread.start()
+    assert gate.entered.wait(30)
+    assert stats.waiting_for_programs == 1
+    gate.open.set()
+    thread.join(30)
+    with pytest.raises(ValueError, match="too large"):
+        programs.get(2)
+    assert stats.waiting_for_programs == 0
+
+
 def test_what_few_need_is_compiled_only_for_them() -> None:
     stats = Stats()
     programs = Programs({0: lowering(0)}, stats, on_demand={1: lowering(1), 2: failing})
