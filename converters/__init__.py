@@ -25,6 +25,7 @@ from converters.fields import Fields
 from converters.files import read_index, read_json, regular_file, required_file
 from converters.hub import resolve_model
 from converters.lazy import Lazy
+from jaxserve import log
 from jaxserve.errors import CheckpointError, ConfigError
 
 __all__ = ["Checkpoint", "LoadFormat", "Progress", "open_checkpoint", "resolve_model"]
@@ -73,7 +74,10 @@ def open_checkpoint(path: Path | str, load_format: str = "auto") -> Checkpoint:
     family = families.find(hf)
     config = family.config(hf)
     fields = Fields(hf, "config.json")
-    eos_token_ids, generation = read_generation(directory, fields, config.vocab_size)
+    if "auto_map" in fields:
+        log.own_code_is_not_run(directory, "model")
+    ends = partial(families.more_end_tokens, family, config)
+    eos_token_ids, generation = read_generation(directory, fields, config.vocab_size, ends)
     opener = None
     if load_format != "dummy":
         opener = _find_weights(

@@ -146,7 +146,10 @@ def check_same_paths(tree: Mapping[str, Param], declared: Mapping[str, Param]) -
 
 
 def read_generation(
-    directory: Path, config: Fields, vocab_size: int
+    directory: Path,
+    config: Fields,
+    vocab_size: int,
+    more_ends: Callable[[Fields, tuple[int, ...]], tuple[int, ...]],
 ) -> tuple[tuple[int, ...], dict[str, Any]]:
     """The end-of-text ids and the sampling defaults of a directory.
 
@@ -154,6 +157,7 @@ def read_generation(
 
     Args:
         config: config.json, whose eos_token_id counts as well.
+        more_ends: gives further ends, see ``families.more_end_tokens``.
 
     Raises:
         CheckpointError: generation_config.json is damaged.
@@ -161,6 +165,7 @@ def read_generation(
     file = regular_file(directory, "generation_config.json")
     fields = Fields(read_json(file) if file else {}, "generation_config.json")
     ids = dict.fromkeys(fields.ids("eos_token_id") + config.ids("eos_token_id"))
+    ids |= dict.fromkeys(more_ends(fields, tuple(ids)))
     defaults: dict[str, Any] = {}
     for key in SAMPLING_DEFAULTS:
         if key in fields:

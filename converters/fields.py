@@ -37,6 +37,10 @@ class Fields:
         shown = shown if len(shown) <= 60 else shown[:60] + "..."
         return CheckpointError(f"{self.where}: {key} is {shown}; expected {expected}.")
 
+    def named(self, *keys: str) -> str:
+        """The first of a key's several spellings that is there; the very first if none is."""
+        return next((key for key in keys if key in self), keys[0])
+
     def integer(
         self, key: str, default: T = REQUIRED, minimum: int = 1, maximum: int = 2**31 - 1
     ) -> int | T:
@@ -101,6 +105,22 @@ class Fields:
         if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
             raise self.wrong(key, "a list of strings")
         return value
+
+    def integers(self, key: str) -> list[int]:
+        """A list of integers, none of them negative; an empty one if it is absent."""
+        values = self.values[key] if key in self else []
+        if not isinstance(values, list) or not all(type(v) is int and v >= 0 for v in values):
+            raise self.wrong(key, "a list of integers, none of them negative")
+        return values
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of positive numbers."""
+        values = self.values.get(key)
+        if not isinstance(values, list) or not all(
+            type(each) in (int, float) and 0 < each <= 1e12 for each in values
+        ):
+            raise self.wrong(key, "a list of positive numbers")
+        return [float(each) for each in values]
 
     def ids(self, key: str) -> tuple[int, ...]:
         """Token ids: one integer, a list of them, or nothing."""

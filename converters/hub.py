@@ -12,7 +12,8 @@ from converters.files import first_line
 from jaxserve.errors import CheckpointError, ConfigError
 
 # What a model needs first, then, only where there are no safetensors, the older weights.
-_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+_CONFIG = ["*.json"]
 _BIN = ["pytorch_model*.bin"]
 _ORBAX = ["params/*"]
 # Other formats of the same weights, such as Meta's in original/ and Mistral's in consolidated*.
@@ -20,7 +21,10 @@ _OTHERS = ["*/*", "consolidated*"]
 
 
 def resolve_model(
-    name_or_path: str, revision: str | None = None, download_dir: str | Path | None = None
+    name_or_path: str,
+    revision: str | None = None,
+    download_dir: str | Path | None = None,
+    config_only: bool = False,
 ) -> Path:
     """The local directory of a model, downloaded if need be.
 
@@ -29,6 +33,7 @@ def resolve_model(
             ModelScope when JAXSERVE_USE_MODELSCOPE or VLLM_USE_MODELSCOPE is true).
         revision: branch, tag or commit of a download.
         download_dir: where downloads are kept; by default the hub's own cache.
+        config_only: download no weights.
 
     Raises:
         CheckpointError: it is neither, or the download fails.
@@ -67,6 +72,8 @@ def resolve_model(
                 f"{reason}. Check the name and the network; a gated model needs HF_TOKEN."
             ) from error
 
+    if config_only:
+        return download(_CONFIG, _OTHERS)
     directory = download(_FILES, _OTHERS)
     if (directory / "jaxserve_config.json").exists():
         return download(_ORBAX, [])

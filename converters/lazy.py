@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -80,6 +80,11 @@ def stack(parts: Sequence[Lazy]) -> Lazy:
     return concatenate([part.reshape(1, *part.shape) for part in parts], 0)
 
 
+def mapped(of: Lazy, function: Callable[[np.ndarray], np.ndarray], dtype: np.dtype) -> Lazy:
+    """An array of ``dtype`` whose values are a function of those in the same places of another."""
+    return _Mapped(of, function, dtype)
+
+
 def _bounds(part: slice, size: int) -> slice:
     start, stop, step = part.indices(size)
     if step != 1:
@@ -93,6 +98,17 @@ def _overlap(part: slice, start: int, stop: int) -> slice:
 
 def _shift(part: slice, by: int) -> slice:
     return slice(part.start + by, part.stop + by)
+
+
+class _Mapped(Lazy):
+    def __init__(
+        self, of: Lazy, function: Callable[[np.ndarray], np.ndarray], dtype: np.dtype
+    ) -> None:
+        super().__init__(of.shape, dtype)
+        self.of, self.function = of, function
+
+    def _read(self, box: Index) -> np.ndarray:
+        return self.function(self.of.read(box)).astype(self.dtype, copy=False)
 
 
 class _Concatenate(Lazy):

@@ -41,6 +41,7 @@ COPIED = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "qwen.tiktoken",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",

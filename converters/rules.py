@@ -6,14 +6,17 @@ used or named as dropped, and every weight is filled once.
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
+import numpy as np
+
 from converters.files import preview
-from converters.lazy import Lazy, concatenate, stack
+from converters.lazy import Lazy, concatenate, mapped, stack
 from jaxserve.errors import CheckpointError
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.params import Param
@@ -28,12 +31,17 @@ class Source:
     name: str
     array: Lazy
 
-    def expect(self, *shape: int) -> Lazy:
-        """The array, whose shape must be this one.
+    def expect(self, *shape: int, dtypes: tuple[str, ...] = FLOATS) -> Lazy:
+        """The array, whose shape must be this one and whose dtype one of these.
 
         Raises:
-            CheckpointError: it isn't.
+            CheckpointError: they aren't.
         """
+        if self.array.dtype.name not in dtypes:
+            raise CheckpointError(
+                f"tensor {self.name!r} has dtype {self.array.dtype}; expected one of "
+                f"{', '.join(dtypes)}. Quantized checkpoints are not supported yet."
+            )
         if self.array.shape != shape:
             raise CheckpointError(
                 f"tensor {self.name!r} has shape {list(self.array.shape)}, but config.json implies "
@@ -48,6 +56,13 @@ Transform = Callable[[tuple[Source, ...], Param], Lazy]
 def same(sources: tuple[Source, ...], param: Param) -> Lazy:
     """One tensor as it is."""
     return sources[0].expect(*param.shape)
+
+
+def one_plus(sources: tuple[Source, ...], param: Param) -> Lazy:
+    """One plus a tensor, in float32: the scale of Gemma's norms (``NormSpec.wide_scale``)."""
+    one = np.float32(1)
+    array = sources[0].expect(*param.shape)
+    return mapped(array, lambda values: one + values.astype(np.float32), np.dtype(np.float32))
 
 
 def split_inputs(sources: tuple[Source, ...], param: Param) -> Lazy:
@@ -66,9 +81,36 @@ def fuse_qkv(sources: tuple[Source, ...], param: Param) -> Lazy:
     return concatenate([q, k, v], 1)
 
 
+def split_qkv(sources: tuple[Source, ...], param: Param) -> Lazy:
+    """One tensor of all queries, then all keys, then all values, [(heads + 2 * kv_heads) * D, ...]
+    -> [kv_heads, group + 2, D, ...]."""
+    kv_heads, parts, size, *rest = param.shape
+    whole = sources[0].expect(kv_heads * parts * size, *rest)
+    everything = [slice(None)] * len(rest)
+
+    def part(heads: int, before: int) -> Lazy:
+        rows = slice(before * kv_heads * size, (before + heads) * kv_heads * size)
+        return whole[(rows, *everything)].reshape(kv_heads, heads, size, *rest)
+
+    return concatenate([part(parts - 2, 0), part(1, parts - 2), part(1, parts - 1)], 1)
+
+
+def split_groups(sources: tuple[Source, ...], param: Param) -> Lazy:
+    """One tensor that has each KV head's queries, then its key, then its value,
+    [kv_heads * (group + 2) * D, ...] -> [kv_heads, group + 2, D, ...]."""
+    kv_heads, parts, size, *rest = param.shape
+    return sources[0].expect(kv_heads * parts * size, *rest).reshape(*param.shape)
+
+
 def stack_parts(sources: tuple[Source, ...], param: Param) -> Lazy:
     """Tensors of one shape [F, ...] -> [parts, F, ...], for example gate and up."""
     return stack([source.expect(*param.shape[1:]) for source in sources])
+
+
+def split_parts(sources: tuple[Source, ...], param: Param) -> Lazy:
+    """One tensor of several parts after each other, [parts * F, ...] -> [parts, F, ...]."""
+    parts, size, *rest = param.shape
+    return sources[0].expect(parts * size, *rest).reshape(*param.shape)
 
 
 def stack_experts(sources: tuple[Source, ...], param: Param) -> Lazy:
@@ -99,6 +141,20 @@ def half_split(array: Lazy, axis: int, rotary_size: int) -> Lazy:
     return concatenate([halves, part(rotary_size, shape[axis])], axis)
 
 
+def rotated_in_halves(fuse: Transform, rotary_size: int) -> Transform:
+    """What ``fuse`` makes, [kv_heads, group + 2, D, ...], with ``half_split`` queries and keys."""
+
+    def transform(sources: tuple[Source, ...], param: Param) -> Lazy:
+        qkv = fuse(sources, param)
+        others = (slice(None),) * (len(param.shape) - 2)
+        value = param.shape[1] - 1
+        queries_keys = qkv[(slice(None), slice(0, value), *others)]
+        values = qkv[(slice(None), slice(value, value + 1), *others)]
+        return concatenate([half_split(queries_keys, 2, rotary_size), values], 1)
+
+    return transform
+
+
 @dataclass(frozen=True)
 class Rule:
     """How one weight is made.
@@ -114,13 +170,19 @@ class Rule:
     sources: tuple[str, ...]
     transform: Transform = same
 
+    def names(self, layer: str, target: Param) -> list[str]:
+        """The names of its sources for one layer."""
+        every = range(target.shape[0] if "{e}" in self.sources[0] else 1)
+        return [name.format(i=layer, e=e) for e in every for name in self.sources]
+
 
 @dataclass(frozen=True)
 class Layout:
     """The rules of a family.
 
     Attributes:
-        rules: one per weight that the family can have.
+        rules: at least one per weight that the family can have; of several, the first whose
+            sources are all there applies.
         prefixes: a tensor's name may begin with one of these; it is cut off before rules apply.
         dropped: patterns (fnmatch) of tensors that nobody needs.
         dropped_if_tied: more of them for models whose logits reuse the embedding.
@@ -130,6 +192,12 @@ class Layout:
     prefixes: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     dropped_if_tied: tuple[str, ...] = ()
+
+    def with_rules(self, *rules: Rule) -> Layout:
+        """The layout with these rules instead of those for the same weights."""
+        targets = {rule.target for rule in rules}
+        others = tuple(rule for rule in self.rules if rule.target not in targets)
+        return dataclasses.replace(self, rules=others + rules)
 
 
 def plan(
@@ -141,24 +209,21 @@ def plan(
         CheckpointError: a tensor is missing, not used, of the wrong shape, or not of floats.
     """
     sources = _without_prefixes(layout, tensors)
-    rules = {rule.target: rule for rule in layout.rules}
+    rules: dict[str, list[Rule]] = {}
+    for rule in layout.rules:
+        rules.setdefault(rule.target, []).append(rule)
     wanted: dict[str, tuple[Transform, list[str]]] = {}
     for path in tree:
         match = re.fullmatch(r"layers/(\d+)/(.+)", path)
         number = match[1] if match else ""
-        rule = rules.get(f"layers/{{i}}/{match[2]}" if match else path)
-        if rule is None:
+        ways = [
+            (rule.transform, rule.names(number, tree[path]))
+            for rule in rules.get(f"layers/{{i}}/{match[2]}" if match else path, ())
+        ]
+        if not ways:
             raise CheckpointError(f"the family of {config.architecture} has no rule for {path!r}.")
-        every = range(tree[path].shape[0] if "{e}" in rule.sources[0] else 1)
-        names = [name.format(i=number, e=e) for e in every for name in rule.sources]
-        wanted[path] = (rule.transform, names)
+        wanted[path] = next((way for way in ways if sources.keys() >= set(way[1])), ways[0])
     _check_names(layout, config, sources, {name for _, names in wanted.values() for name in names})
-    for source in sources.values():
-        if source.array.dtype.name not in FLOATS:
-            raise CheckpointError(
-                f"tensor {source.name!r} has dtype {source.array.dtype}; expected one of "
-                f"{', '.join(FLOATS)}. Quantized checkpoints are not supported yet."
-            )
     return {
         path: _make(transform, tuple(sources[name] for name in names), tree[path])
         for path, (transform, names) in wanted.items()
@@ -226,7 +291,8 @@ def repeat_kv_heads(array: Lazy, declared: Param, target: Param) -> Lazy:
     if declared.axes[0] != "kv_heads":  # the output projection: only the grouping changes
         return array.reshape(*target.shape)
     times = target.shape[0] // declared.shape[0]
-    queries = declared.shape[1] - 2
+    # A group of g queries shrinks to g / times, and what else axis 1 holds (keys, values) stays.
+    queries = (declared.shape[1] - target.shape[1]) * times // (times - 1)
     everything = [slice(None)] * len(declared.shape)
 
     def part(start: int, stop: int) -> Lazy:
@@ -235,5 +301,5 @@ def repeat_kv_heads(array: Lazy, declared: Param, target: Param) -> Lazy:
         return array[tuple(index)]
 
     q = part(0, queries).reshape(target.shape[0], queries // times, *target.shape[2:])
-    kv = part(queries, queries + 2).repeat(times, 0)
-    return concatenate([q, kv], 1)
+    rest = part(queries, declared.shape[1]).repeat(times, 0)
+    return concatenate([q, rest], 1)

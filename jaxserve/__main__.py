@@ -17,6 +17,7 @@ from jaxserve.cli import (
     doctor,
     flags,
     generate,
+    plan,
     run_batch,
     serve,
 )
@@ -29,6 +30,7 @@ COMMANDS: dict[str, Any] = {
     "serve": serve,
     "complete": complete,
     "run-batch": run_batch,
+    "plan": plan,
     "convert": convert,
     "bench": bench,
     "cache": cache,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from jaxserve import demo, log
 from jaxserve.config import DTYPES, DeviceFacts, EngineConfig, ResolvedConfig
 from jaxserve.distributed import LOGICAL_TO_MESH, make_mesh
 from jaxserve.engine.core import Engine
-from jaxserve.engine.memory import GIB, MemoryPlan, check_fits, claim_memory, plan_memory
+from jaxserve.engine.memory import GIB, MemoryPlan, check_fits, claim_memory, plan_memory, room_for
 from jaxserve.engine.page_allocator import PageAllocator
 from jaxserve.engine.programs import Progress, compile_events, use_compilation_cache
 from jaxserve.engine.runner import Runner, make_buckets, step_sizes
@@ -72,12 +72,18 @@ def build(wanted: EngineConfig, checkpoint: Checkpoint, timeline: Timeline) -> B
     Raises:
         ConfigError: the settings don't fit the model or the machine.
     """
+    if wanted.trust_remote_code:
+        log.logger.info(
+            "trust_remote_code has no effect here: the models are jaxserve's own code, and a "
+            "checkpoint's is never run."
+        )
     fraction = claim_memory(wanted.gpu_memory_utilization)
     use_compilation_cache(wanted.compilation_cache_dir)
     with timeline.stage("device"):
         facts = DeviceFacts(jax.default_backend(), jax.local_device_count())
     config = wanted.resolve(facts, checkpoint.config.max_model_len)
     model = decoder.for_tensor_parallel(checkpoint.config, config.tensor_parallel_size)
+    model = dataclasses.replace(model, max_model_len=config.max_model_len)
     mesh = make_mesh(config.tensor_parallel_size)
     dtype = _dtype(config.dtype, checkpoint.config.dtype, facts.platform)
     tree = decoder.declare(model)
@@ -90,7 +96,8 @@ def build(wanted: EngineConfig, checkpoint: Checkpoint, timeline: Timeline) -> B
     }
     given = fraction if facts.platform == "gpu" else 1.0  # other allocators have all memory
     memory = plan_memory(config, model, weights, mesh, dtype, given)
-    config = _fit(config, memory, shorten=wanted.max_model_len is None)
+    windows = model.page_groups.windows
+    config = _fit(config, memory, windows, shorten=wanted.max_model_len is None)
     stats = Stats()
     buckets = make_buckets(config, facts.platform)
     kernels = overridden(config.kernel_overrides or {}, model, config.block_size, dtype)
@@ -98,14 +105,23 @@ def build(wanted: EngineConfig, checkpoint: Checkpoint, timeline: Timeline) -> B
     allocator = PageAllocator(memory.num_pages, config.block_size, config.enable_prefix_caching)
     max_tokens, sizes = config.max_num_batched_tokens, step_sizes(buckets)
     engine = Engine(
-        Scheduler(allocator, config.max_num_seqs, max_tokens, stats, sizes),
+        Scheduler(
+            allocator,
+            config.max_num_seqs,
+            max_tokens,
+            stats,
+            sizes,
+            windows=windows,
+            run_ahead=config.run_ahead,
+            long_rope_len=model.long_rope_len,
+        ),
         runner,
         max_model_len=config.max_model_len,
         vocab_size=model.vocab_size,
         eos_token_ids=checkpoint.eos_token_ids,
         dynamic_rope_len=model.dynamic_rope_len,
         seed=config.seed,
-        run_ahead=1 if facts.platform == "cpu" else 2,
+        run_ahead=config.run_ahead,
     )
 
     def load(progress: Progress) -> Params:
@@ -116,13 +132,15 @@ def build(wanted: EngineConfig, checkpoint: Checkpoint, timeline: Timeline) -> B
     return Built(config, model, dtype, memory, runner, engine, load)
 
 
-def _fit(config: ResolvedConfig, plan: MemoryPlan, shorten: bool) -> ResolvedConfig:
+def _fit(
+    config: ResolvedConfig, plan: MemoryPlan, windows: Sequence[int | None], shorten: bool
+) -> ResolvedConfig:
     """Checks the plan; shortens max_model_len to what fits if the user left it to us."""
-    room = (plan.num_pages - 1) * config.block_size
+    room = room_for(plan, config, windows)
     if shorten and 0 < room < config.max_model_len:
         log.logger.info("max_model_len=%d, the most that fits: %s.", room, plan)
         config = dataclasses.replace(config, max_model_len=room)
-    check_fits(plan, config)
+    check_fits(plan, config, windows)
     return config
 
 

@@ -140,17 +140,23 @@ class EngineConfig:
             "max_model_len": self.max_model_len or model_max_len,
             "max_num_seqs": rows,
             "max_num_batched_tokens": tokens,
+            "run_ahead": 2 if accelerated else 1,
         }
         return ResolvedConfig(**vars(self) | filled_in)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig(EngineConfig):
-    """An EngineConfig in which every size is filled in; see ``EngineConfig.resolve``."""
+    """An EngineConfig in which every size is filled in; see ``EngineConfig.resolve``.
+
+    Attributes:
+        run_ahead: steps that may be under way when the next is decided.
+    """
 
     max_model_len: int = 0
     max_num_seqs: int = 0
     max_num_batched_tokens: int = 0
+    run_ahead: int = 1
 
 
 def _check_positive(name: str, value: Any, optional: bool = False) -> None:

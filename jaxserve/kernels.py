@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxserve.errors import ConfigError
 from jaxserve.log import logger
-from jaxserve.model.config import AttentionSpec, ModelConfig
+from jaxserve.model.config import AttentionSpec, LatentAttentionSpec, MLPSpec, ModelConfig, MoESpec
 from pallas_kernels.dispatch import Kernels
 from pallas_kernels.lab import gates
 from pallas_kernels.lab.ops import Candidate, Op, find_candidate, find_op
@@ -47,6 +47,8 @@ def overridden(
 
 def _test(op: Op, candidate: Candidate, layers: list[LayerShape]) -> None:
     cases: list[Any] = [case for layer in layers for case in op.gate_cases(layer)]
+    if not cases:
+        raise ConfigError(f"kernel_overrides: no layer of the model has {op.name}; leave it out.")
     unable = []
     for case in cases:
         verdict = gates.check(op, candidate, case, SEED, interpret=False)
@@ -77,11 +79,37 @@ def layer_shapes(model: ModelConfig, page_size: int, dtype: jnp.dtype) -> list[L
             ffn=layer.ffn.intermediate_size,
             page_size=page_size,
             sliding_window=layer.attention.sliding_window,
-            rotates=layer.attention.rope is not None,
-            normalizes=layer.attention.qk_norm is not None,
+            rotates=(rope := layer.attention.rope) is not None,
+            rotary_size=None if rope is None else rope.rotary_size,
             dtype=dtype.name,
+            **_own(layer.attention),
+            **_own_experts(layer.ffn),
         )
         for layer in model.layers
-        if isinstance(layer.attention, AttentionSpec)
     )
     return list(dict.fromkeys(shapes))
+
+
+def _own(attention: AttentionSpec | LatentAttentionSpec) -> dict[str, Any]:
+    """What a LayerShape says of one kind of attention only."""
+    if isinstance(attention, LatentAttentionSpec):
+        return {"latent_size": attention.latent_size}
+    norm = attention.qk_norm
+    return {
+        "normalizes": norm is not None and norm.kind == "rms",
+        "softcap": attention.softcap,
+        "alibi": attention.alibi,
+        "sinks": attention.sinks,
+    }
+
+
+def _own_experts(ffn: MLPSpec | MoESpec) -> dict[str, Any]:
+    """What a LayerShape says of a mixture of experts only."""
+    if isinstance(ffn, MLPSpec):
+        return {}
+    return {
+        "num_experts": ffn.num_experts,
+        "top_k": ffn.router.top_k,
+        "activation": ffn.activation,
+        "biased": ffn.bias,
+    }

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from converters import open_checkpoint
 from jaxserve import build, compat, log
 from jaxserve.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
+from jaxserve.chat_templates import text_of
 from jaxserve.config import EngineConfig
 from jaxserve.engine.core import Engine
 from jaxserve.engine.programs import Programs
@@ -53,7 +54,8 @@ class LLM:
 
     Args:
         model: a checkpoint directory (Hugging Face or Orbax) or a hub id.
-        chat_template: Jinja text that replaces the tokenizer's chat template.
+        chat_template: replaces the tokenizer's: a Jinja text or file, or the name of a built-in
+            one ("vicuna", "llama-2", "llama-3", "chatml", "qwen").
         warmup: "full" compiles every program before the constructor returns; "background" returns,
             on a CPU, once some request can be served and compiles the rest meanwhile.
         use_tqdm: show progress while loading and compiling.
@@ -114,7 +116,8 @@ class LLM:
         if config.skip_tokenizer_init:
             return None
         with self.timeline.stage("tokenizer"):
-            return Tokenizer(where, config.tokenizer_revision, chat_template)
+            template = None if chat_template is None else text_of(chat_template)
+            return Tokenizer(where, config.tokenizer_revision, template)
 
     def _start(self, built: build.Built, wait_for_all: bool, use_tqdm: bool) -> None:
         """Loads the weights while programs are compiled, and waits for them."""
@@ -264,15 +267,13 @@ class LLM:
             options["chat_template"] = chat_template
         prompts: list[Prompt] = []
         for conversation in conversations:
-            text = self._tokenizer.apply_chat_template(
+            text, ids = self._tokenizer.chat(
                 conversation,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt and not continue_final_message,
                 continue_final_message=continue_final_message,
                 **options,
             )
-            # The template already wrote the special tokens that begin a text.
-            ids = self._tokenizer.encode(text, add_special_tokens=False)
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, on_text=on_text)
 

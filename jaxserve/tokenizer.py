@@ -6,7 +6,9 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from jaxserve import chat_templates
 from jaxserve.errors import CheckpointError, InvalidRequestError
+from jaxserve.log import logger
 from jaxserve.sampling.checks import MAX_BAD_WORD_TOKENS
 
 REPLACEMENT = "\ufffd"
@@ -32,15 +34,25 @@ class Tokenizer:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no torch is fine
         from transformers import AutoTokenizer
 
+        from jaxserve.vocab import open_vocabulary
+
         try:
-            self.hf = AutoTokenizer.from_pretrained(path, revision=revision)
+            self.hf = open_vocabulary(path, revision)
+            if self.hf is None:
+                self.hf = AutoTokenizer.from_pretrained(path, revision=revision)
         except Exception as error:
             raise CheckpointError(
                 f"No tokenizer could be loaded from {path}: {error}. Pass tokenizer=..., or "
                 "skip_tokenizer_init=True to work with token ids."
             ) from error
+        certain = chat_templates.certain_for(path)
         if chat_template is not None:
             self.hf.chat_template = chat_template
+        elif not self.hf.chat_template and certain is not None:
+            logger.info("%s has no chat template: the built-in %r is used.", path, certain)
+            self.hf.chat_template = chat_templates.built_in(certain)
+        own = getattr(self.hf, "conversation_ids", None)
+        self._conversation_ids = own if chat_template is None and self.hf.chat_template else None
 
     def __len__(self) -> int:
         return len(self.hf)
@@ -99,6 +111,32 @@ class Tokenizer:
         except Exception as error:  # a template may raise anything, on purpose too
             message = f"The chat template refused the messages: {error}"
             raise InvalidRequestError(message, "messages") from error
+
+    def chat(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_special_tokens: bool = False,
+        **options: Any,
+    ) -> tuple[str, list[int]]:
+        """The prompt of a conversation, as text and as token ids.
+
+        The ids are those of the text, except where the model's own code makes them piece by piece
+        (see ``jaxserve.vocab``) and nobody chose another template.
+
+        Args:
+            add_special_tokens: encode the text with the tokens that usually begin one; templates
+                write them themselves.
+            options: see ``apply_chat_template``.
+
+        Raises:
+            InvalidRequestError: there is no template, or it refuses the messages.
+        """
+        if self._conversation_ids is None or "chat_template" in options:
+            text = self.apply_chat_template(messages, **options)
+            return text, self.encode(text, add_special_tokens)
+        known = ("add_generation_prompt", "continue_final_message")
+        ids = self._conversation_ids(messages, **{k: options[k] for k in known if k in options})
+        return self.decode(ids, skip_special_tokens=False), ids
 
     def stream(self, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> TextStream:
         """A decoder for the tokens that follow a prompt."""

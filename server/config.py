@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import ssl
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
+from jaxserve import chat_templates
 from jaxserve.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -35,7 +35,8 @@ class ServerConfig:
         allow_credentials: such pages may send cookies and certificates.
         root_path: path below which a reverse proxy shows the server.
         middleware: "module.function" or "module:function", an aiohttp middleware of your own.
-        chat_template: a Jinja file, or the template itself, instead of the tokenizer's.
+        chat_template: a Jinja file, the template itself, or the name of a built-in one (vicuna,
+            llama-2, llama-3, chatml, qwen), instead of the tokenizer's.
         trust_request_chat_template: requests may bring a chat template of their own.
         response_role: of the messages that the model answers with.
         served_model_name: names by which requests may call the model, the first one in replies;
@@ -188,21 +189,12 @@ class ServerConfig:
         return context
 
     def chat_template_text(self) -> str | None:
-        """The template, read from its file if ``chat_template`` names one.
+        """The template's text, see ``chat_templates.text_of``.
 
         Raises:
-            ConfigError: it looks like a path, and there is no such file.
+            ConfigError: it can't be found.
         """
-        given = self.chat_template
-        if given is None or any(mark in given for mark in ("{{", "{%", "\n")):
-            return given
-        try:
-            return Path(given).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                f"chat_template={given!r} is neither a file that can be read nor a template: "
-                f"{error}."
-            ) from error
+        return None if self.chat_template is None else chat_templates.text_of(self.chat_template)
 
 
 def _check_number(name: str, value: Any, kind: type, least: int) -> None:

@@ -71,8 +71,7 @@ class Texts:
         special = conversation.add_special_tokens
 
         def work() -> list[int]:
-            text = tokenizer.apply_chat_template(conversation.messages, **conversation.template)
-            return tokenizer.encode(text, special)
+            return tokenizer.chat(conversation.messages, special, **conversation.template)[1]
 
         return await self.run(work)
 

@@ -9,6 +9,18 @@ if flag not in os.environ.get("XLA_FLAGS", ""):
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+from tests.helpers.models_doc import ModelsDoc  # noqa: E402
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    text = "write docs/models.md from the results of the families' tests"
+    parser.addoption("--write-models-doc", action="store_true", help=text)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # the process that sees all results
+        config.pluginmanager.register(ModelsDoc(config))
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if jax.default_backend() == "gpu":

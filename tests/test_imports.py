@@ -40,7 +40,7 @@ BEHIND_THE_DOOR = (*DOOR, *BRAIN, *BODY, *MODEL, "jaxserve.sampling", "jaxserve.
 ANYTHING = ("*",)
 FRONT_END = (
     *(*ARGUMENTS, "jaxserve", "jaxserve.config", "jaxserve.tokenizer", "jaxserve.outputs"),
-    *("jaxserve.beam_search", "jaxserve.engine.admission", "server"),
+    *("jaxserve.beam_search", "jaxserve.chat_templates", "jaxserve.engine.admission", "server"),
     *("aiohttp", "msgpack", "orjson", "prometheus_client"),
 )
 """What speaks HTTP; the engine runs in another process, and only there may JAX be loaded."""
@@ -57,7 +57,12 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "jaxserve.engine.request": ("jaxserve.errors", "jaxserve.sampling.params"),
     "jaxserve.config": (*ARGUMENTS, "numpy", "pallas_kernels.dispatch"),
     "jaxserve.compat": (*BASICS, "jaxserve.config"),
-    "jaxserve.tokenizer": (*ARGUMENTS, *TOKENIZERS, "jaxserve.sampling.checks"),
+    "jaxserve.chat_templates": BASICS,
+    "jaxserve.vocab": (*BASICS, *TOKENIZERS, "jaxserve.chat_templates", "jaxserve.vocab"),
+    "jaxserve.tokenizer": (
+        *(*ARGUMENTS, *TOKENIZERS, "jaxserve.sampling.checks"),
+        *("jaxserve.chat_templates", "jaxserve.vocab"),
+    ),
     "jaxserve.prompts": ("jaxserve.errors", "jaxserve.tokenizer"),
     "jaxserve.beam_search": (*ARGUMENTS, "jaxserve.sampling.checks", "jaxserve.outputs"),
     "jaxserve.outputs": (*ARGUMENTS, "jaxserve.engine.stop", "jaxserve.tokenizer"),

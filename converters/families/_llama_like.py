@@ -22,17 +22,21 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 DTYPES = {name: name for name in ("float32", "bfloat16", "float16")}
+SLIDING = "sliding_attention"
 MAX_LAYERS = 4096
 MAX_WIDTH = 2**20
 MAX_VOCAB = 2**24
 MAX_LENGTH = 2**27
 
 
-def open_config(hf: dict[str, Any]) -> Fields:
-    """The fields of a config.json, once it is known to describe plain weights."""
+def open_config(hf: dict[str, Any], quant_method: str | None = None) -> Fields:
+    """The fields of a config.json, once it is known to describe plain weights, or ones quantized by
+    the one method that the family reads."""
     fields = Fields(hf, "config.json")
+    section = fields.section("quantization_config")
+    readable = section is not None and section.values.get("quant_method") == quant_method
     fields.reject(
-        ("quantization_config", "compression_config"),
+        ("compression_config",) if readable else ("quantization_config", "compression_config"),
         "quantized checkpoints are not supported yet; use the model's unquantized checkpoint.",
     )
     return fields
@@ -43,9 +47,9 @@ def num_layers(fields: Fields) -> int:
     return fields.integer("num_hidden_layers", maximum=MAX_LAYERS)
 
 
-def dtype(fields: Fields) -> str:
+def dtype(fields: Fields, default: str = "float32") -> str:
     """The checkpoint's own dtype: "dtype" since transformers 5, "torch_dtype" before."""
-    return fields.choice("dtype" if "dtype" in fields else "torch_dtype", DTYPES, "float32")
+    return fields.choice("dtype" if "dtype" in fields else "torch_dtype", DTYPES, default)
 
 
 def heads(fields: Fields, default_head_size: int | None = None) -> tuple[int, int, int]:
@@ -67,6 +71,23 @@ def heads(fields: Fields, default_head_size: int | None = None) -> tuple[int, in
     return query, kv, size if size is not None else hidden // query
 
 
+def layer_types(fields: Fields) -> list[str] | None:
+    """Which layers attend to everything and which within a window, if "layer_types" says so."""
+    count = num_layers(fields)
+    types = fields.words("layer_types")
+    if types is None:
+        return None
+    if len(types) != count:
+        raise fields.wrong("layer_types", f"one entry for each of {count} layers")
+    unknown = sorted(set(types) - {"full_attention", SLIDING})
+    if unknown:
+        raise UnsupportedModelError(
+            f"{fields.where}: layer_types has {preview(unknown)}; supported are full_attention, "
+            f"{SLIDING}."
+        )
+    return types
+
+
 def windows_by_layer(fields: Fields) -> list[int | None]:
     """Sliding windows as Qwen2 and Qwen3 declare them.
 
@@ -77,24 +98,15 @@ def windows_by_layer(fields: Fields) -> list[int | None]:
     if fields.boolean("use_sliding_window", False):
         size = fields.integer("sliding_window", None if "sliding_window" in fields.values else 4096)
     first = fields.integer("max_window_layers", 28, minimum=0)
-    kinds = fields.words("layer_types")
-    if kinds is None:
+    types = layer_types(fields)
+    if types is None:
         return [size if index >= first else None for index in range(count)]
-    if len(kinds) != count:
-        raise fields.wrong("layer_types", f"one entry for each of {count} layers")
-    if size is None and "sliding_attention" in kinds:
+    if size is None and SLIDING in types:
         raise CheckpointError(
             f"{fields.where}: layer_types has sliding_attention, but use_sliding_window is off or "
             "sliding_window is null."
         )
-    meanings = {"full_attention": None, "sliding_attention": size}
-    unknown = sorted(set(kinds) - meanings.keys())
-    if unknown:
-        raise UnsupportedModelError(
-            f"{fields.where}: layer_types has {preview(unknown)}; supported are "
-            f"{', '.join(meanings)}."
-        )
-    return [meanings[kind] for kind in kinds]
+    return [size if each == SLIDING else None for each in types]
 
 
 def config(
@@ -108,6 +120,9 @@ def config(
     mlp_bias: bool = False,
     qk_norm: bool = False,
     default_head_size: int | None = None,
+    default_theta: float = 10000.0,
+    default_eps: float = 1e-6,
+    default_partial: float | None = None,
 ) -> ModelConfig:
     """The ModelConfig of a Llama-like decoder: RMSNorm, rope, grouped queries, gated MLP.
 
@@ -116,11 +131,13 @@ def config(
         windows: the sliding window of each layer, or None.
         qkv_bias, out_bias, mlp_bias, qk_norm: see AttentionSpec and MLPSpec.
         default_head_size: head_dim where config.json has none; None: hidden_size / heads.
+        default_theta, default_eps: rope_theta and rms_norm_eps where config.json has none.
+        default_partial: see ``_rope.read``.
     """
     query, kv, size = heads(fields, default_head_size)
     positions = fields.integer("max_position_embeddings", default_length, maximum=MAX_LENGTH)
-    rope, max_len = _rope.read(fields, size, positions)
-    norm = NormSpec("rms", fields.number("rms_norm_eps", 1e-6, maximum=1.0))
+    rope, max_len = _rope.read(fields, size, positions, default_theta, default_partial)
+    norm = NormSpec("rms", fields.number("rms_norm_eps", default_eps, maximum=1.0))
     mlp = MLPSpec(
         fields.integer("intermediate_size", maximum=MAX_WIDTH),
         fields.choice("hidden_act", ACTIVATIONS, "silu"),  # type: ignore[arg-type]

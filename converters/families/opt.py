@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from converters.families import _llama_like
+from converters.families._gpt_like import linear, norm
 from converters.families._llama_like import ACTIVATIONS, MAX_LENGTH, MAX_VOCAB, MAX_WIDTH
 from converters.rules import Layout, Rule, fuse_qkv, split_inputs, stack_parts
 from jaxserve.errors import UnsupportedModelError
@@ -32,7 +33,7 @@ def config(hf: dict[str, Any]) -> ModelConfig:
     hidden = fields.integer("hidden_size", maximum=MAX_WIDTH)
     bias = fields.boolean("enable_bias", True)
     norm_before = fields.boolean("do_layer_norm_before", True)
-    norm = NormSpec("layer", 1e-5)
+    layer_norm = NormSpec("layer", 1e-5)
     attention = AttentionSpec(
         num_heads=query,
         num_kv_heads=kv,
@@ -48,7 +49,7 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         up_bias=bias,
         down_bias=bias,
     )
-    layer = LayerSpec(attention, mlp, norm, "pre" if norm_before else "post")
+    layer = LayerSpec(attention, mlp, layer_norm, "pre" if norm_before else "post")
     without_final_norm = fields.boolean("_remove_final_layer_norm", False)
     positions = fields.integer("max_position_embeddings", 2048, maximum=MAX_LENGTH)
     return ModelConfig(
@@ -57,17 +58,11 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         hidden_size=hidden,
         max_model_len=positions,
         layers=(layer,) * _llama_like.num_layers(fields),
-        final_norm=norm if norm_before and not without_final_norm else None,
+        final_norm=layer_norm if norm_before and not without_final_norm else None,
         tie_word_embeddings=fields.boolean("tie_word_embeddings", True),
         embedding_size=fields.integer("word_embed_proj_dim", hidden, maximum=MAX_WIDTH),
         learned_positions=LearnedPositions(positions, POSITION_OFFSET),
         dtype=_llama_like.dtype(fields),
-    )
-
-
-def _norm_rules(target: str, source: str) -> tuple[Rule, ...]:
-    return Rule(f"{target}/scale", (f"{source}.weight",)), Rule(
-        f"{target}/bias", (f"{source}.bias",)
     )
 
 
@@ -76,16 +71,13 @@ def _layer_rules() -> tuple[Rule, ...]:
     qkv = [f"{attention}{part}_proj" for part in "qkv"]
     here = "layers/{i}/"
     return (
-        *_norm_rules(f"{here}attention_norm", f"{attention[:-1]}_layer_norm"),
+        *norm(f"{here}attention_norm", f"{attention[:-1]}_layer_norm"),
         Rule(f"{here}attention/qkv", tuple(f"{name}.weight" for name in qkv), fuse_qkv),
         Rule(f"{here}attention/qkv_bias", tuple(f"{name}.bias" for name in qkv), fuse_qkv),
-        Rule(f"{here}attention/out", (f"{attention}out_proj.weight",), split_inputs),
-        Rule(f"{here}attention/out_bias", (f"{attention}out_proj.bias",)),
-        *_norm_rules(f"{here}ffn_norm", "layers.{i}.final_layer_norm"),
-        Rule(f"{here}ffn/up", ("layers.{i}.fc1.weight",), stack_parts),
-        Rule(f"{here}ffn/up_bias", ("layers.{i}.fc1.bias",), stack_parts),
-        Rule(f"{here}ffn/down", ("layers.{i}.fc2.weight",)),
-        Rule(f"{here}ffn/down_bias", ("layers.{i}.fc2.bias",)),
+        *linear(f"{here}attention/out", f"{attention}out_proj", split_inputs),
+        *norm(f"{here}ffn_norm", "layers.{i}.final_layer_norm"),
+        *linear(f"{here}ffn/up", "layers.{i}.fc1", stack_parts, stack_parts),
+        *linear(f"{here}ffn/down", "layers.{i}.fc2"),
     )
 
 
@@ -95,7 +87,7 @@ LAYOUT = Layout(
         Rule("embed/positions", ("embed_positions.weight",)),
         Rule("embed/project_in", ("project_in.weight",)),
         *_layer_rules(),
-        *_norm_rules("head/norm", "final_layer_norm"),
+        *norm("head/norm", "final_layer_norm"),
         Rule("head/project_out", ("project_out.weight",)),
         Rule("head/tokens", ("lm_head.weight",)),
     ),

@@ -37,7 +37,10 @@ def make_parser() -> Parser:
     flags.add_model(parser)
     parser.add_argument("--system", metavar="TEXT", type=str, help="instructions to begin with")
     parser.add_argument(
-        "--chat-template", metavar="FILE", type=str, help="Jinja that replaces the tokenizer's"
+        "--chat-template",
+        metavar="FILE",
+        type=str,
+        help="Jinja that replaces the tokenizer's, or the name of a built-in one such as vicuna",
     )
     text = "chat with a model of a running server instead; with or without /v1"
     complete_client.add_flags(parser, text)
@@ -68,18 +71,20 @@ def _local(args: Namespace) -> Iterator[Model]:
         if args[name] is not None:
             raise UsageError(f"{flags.flag_of(name)} needs --url.")
     engine = flags.engine_arguments(args)
-    template = None if args.chat_template is None else _read(args.chat_template)
 
     from jaxserve.cli.chat_models import LocalModel
     from jaxserve.llm import LLM
 
     with LLM(
-        **engine, chat_template=template, warmup="background", use_tqdm=sys.stderr.isatty()
+        **engine,
+        chat_template=args.chat_template,
+        warmup="background",
+        use_tqdm=sys.stderr.isatty(),
     ) as llm:
         if not llm.get_tokenizer().chat_template:
             raise ConfigError(
                 f"{engine['model']} has no chat template, so it is probably not made for chatting. "
-                "Use `jaxserve generate`, or pass --chat-template FILE."
+                "Use `jaxserve generate`, or pass --chat-template FILE or NAME."
             )
         yield LocalModel(llm, engine["model"])
 

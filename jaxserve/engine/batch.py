@@ -72,24 +72,28 @@ class Layout:
         bucket: the bucket.
         page_size: tokens per page.
         rows: rows of device state.
+        tables: page tables of the model.
         plan: sizes of the attention plan.
     """
 
     bucket: Bucket
     page_size: int
     rows: int
+    tables: int
     plan: PlanSizes
 
     @classmethod
-    def make(cls, bucket: Bucket, page_size: int, rows: int, group: int, split: bool) -> Layout:
+    def make(
+        cls, bucket: Bucket, page_size: int, rows: int, group: int, split: bool, tables: int = 1
+    ) -> Layout:
         """The layout for a model whose widest GQA group is ``group``; see ``plan_sizes``."""
         sizes = plan_sizes(bucket.lanes, bucket.tokens, group, split)
-        return cls(bucket, page_size, rows, sizes)
+        return cls(bucket, page_size, rows, tables, sizes)
 
     @property
     def num_table_updates(self) -> int:
         """Page-table cells that one step can write."""
-        return self.bucket.lanes + self.bucket.tokens // self.page_size
+        return self.tables * (self.bucket.lanes + self.bucket.tokens // self.page_size)
 
     @functools.cached_property
     def sampling_fields(self) -> Fields:
@@ -106,7 +110,7 @@ class Layout:
         """Every field's shape, in order; the sampler's come first."""
         lanes, tokens = self.bucket.lanes, self.bucket.tokens
         items, tiles = self.plan.decode_items, self.plan.tiles
-        per_lane = ("row", "query_start", "query_len", "kv_len", "prompt_len")
+        per_lane = ("row", "query_start", "query_len", "kv_len", "rope_length")
         return {
             **self.sampling_fields,
             **dict.fromkeys((*per_lane, "decode_first", "decode_count"), (lanes,)),
@@ -183,10 +187,10 @@ class Packer:
         fields["query_start"][:lanes] = lengths.cumsum() - lengths
         fields["query_len"][:lanes] = lengths
         fields["kv_len"][:lanes] = kv_len
-        fields["prompt_len"][:lanes] = decision.num_prompt_tokens
+        fields["rope_length"][:lanes] = decision.rope_length
         for name, array in plan(lengths, kv_len, layout.plan).items():
             fields[name][:] = array
-        cells = padded_updates(table_updates, layout.num_table_updates, layout.rows)
+        cells = padded_updates(table_updates, layout.num_table_updates, layout.tables * layout.rows)
         fields["table_updates"][:] = cells
         self._pack_sampling(fields, decision, layout.rows)
         return packed
@@ -224,7 +228,7 @@ def _variant(params: SamplingParams) -> Variant:
 
 
 def padded_updates(updates: np.ndarray, count: int, rows: int) -> np.ndarray:
-    """Page-table cells int32 [count, 3]; those added go to a row that doesn't exist."""
+    """Page-table cells int32 [count, 3]; those added go to the row behind all ``rows``."""
     padded = np.full((count, 3), rows, np.int32)
     padded[: len(updates)] = updates
     return padded
@@ -234,14 +238,14 @@ def padded_updates(updates: np.ndarray, count: int, rows: int) -> np.ndarray:
 
 
 def write_table(page_table: jax.Array, updates: jax.Array) -> jax.Array:
-    """The page table [rows, columns] with (row, column, page) cells entered."""
+    """The page tables [tables * rows, columns] with (row, column, page) cells entered."""
     return page_table.at[updates[:, 0], updates[:, 1]].set(updates[:, 2], mode="drop")
 
 
 def unpack_inputs(
     layout: Layout, packed: jax.Array, page_table: jax.Array, last_token: jax.Array
 ) -> tuple[StepInputs, jax.Array]:
-    """The model's inputs from a packed array, and the updated page table."""
+    """The model's inputs from a packed array, and the updated page tables."""
     fields = split_fields(packed, layout.fields)
     page_table = write_table(page_table, fields["table_updates"])
     real = fields["token_lane"] >= 0
@@ -252,16 +256,17 @@ def unpack_inputs(
     position = jnp.where(real, place - fields["query_start"][lane] + start[lane], 0)
     unknown = fields["token_ids"] < 0  # chosen by the step before: only the device knows it yet
     token_ids = jnp.where(unknown, last_token[row], fields["token_ids"])
-    page = page_table[row, position // layout.page_size]
+    tables = page_table.reshape(layout.tables, layout.rows, -1)
+    page = tables[:, row, position // layout.page_size]
     names = AttentionBatch.__dataclass_fields__.keys() & fields.keys()
     inputs = StepInputs(
         token_ids=token_ids,
         positions=position,
-        rope_lengths=jnp.maximum(fields["prompt_len"][lane], position + 1),
+        rope_lengths=fields["rope_length"][lane],
         write_page=jnp.where(real, page, PADDING_PAGE),
         write_slot=position % layout.page_size,
         sample_index=jnp.maximum(fields["query_start"] + fields["query_len"] - 1, 0),
-        page_table=page_table,
+        page_table=tables,
         attention=AttentionBatch(
             **{name: fields[name] for name in names}, tile_tokens=layout.plan.tile_tokens
         ),

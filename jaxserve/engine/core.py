@@ -76,7 +76,7 @@ class Engine:
         max_failures: int = 3,
     ) -> None:
         allocator = scheduler.allocator
-        needed = allocator.pages_for(max_model_len)
+        needed = scheduler.tables.most_pages(max_model_len)
         if needed > allocator.num_usable:
             raise ConfigError(
                 f"max_model_len={max_model_len} needs {needed} KV pages of {allocator.page_size} "

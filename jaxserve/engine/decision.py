@@ -26,6 +26,7 @@ class Decision:
         start: int32 [n], positions of their first scheduled tokens.
         num_scheduled_tokens: int32 [n], how many tokens from there, at least one.
         num_prompt_tokens: int32 [n].
+        rope_length: int32 [n], the lengths by which their keys are rotated, see ``rope.cos_sin``.
         num_preemptions: int32 [n], the requests' at that time, to tell who kept its pages since.
         output_index: int32 [n], index in the output of the token that the lane chooses.
         samples: bool [n], whether it chooses one: its last scheduled token is the sequence's last.
@@ -41,6 +42,7 @@ class Decision:
     start: np.ndarray
     num_scheduled_tokens: np.ndarray
     num_prompt_tokens: np.ndarray
+    rope_length: np.ndarray
     num_preemptions: np.ndarray
     output_index: np.ndarray
     samples: np.ndarray

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ import psutil
 from jax.sharding import Mesh
 
 from jaxserve.config import ResolvedConfig
+from jaxserve.engine.page_tables import longest_sequence, most_pages
 from jaxserve.errors import ConfigError
 from jaxserve.model import kv_cache
-from jaxserve.model.config import ModelConfig
+from jaxserve.model.config import MLPSpec, ModelConfig, MoESpec
 
 GIB = 2**30
 CPU_CACHE_BYTES = GIB
@@ -125,8 +126,8 @@ def plan_memory(
         fraction: share of the device memory that JAX's allocator was given.
     """
     pages = jax.tree.leaves(kv_cache.shapes(model, 1, config.block_size, dtype, mesh))
-    page_bytes = sum(_shard_bytes(page) for page in pages)
-    shards = [_rounded(_shard_bytes(weight)) for weight in weights.values()]
+    page_bytes = sum(shard_bytes(page) for page in pages)
+    shards = [_rounded(shard_bytes(weight)) for weight in weights.values()]
     weight_bytes = sum(shards)
     activations = activation_bytes(config, model, dtype)
     in_use, limit = _device_memory(mesh.local_devices, config.gpu_memory_utilization, fraction)
@@ -140,7 +141,9 @@ def plan_memory(
     else:
         in_use, limit = psutil.Process().memory_info().rss, psutil.virtual_memory().total
         # More than every row's longest sequence would never be used.
-        most = config.max_num_seqs * -(-config.max_model_len // config.block_size) * page_bytes
+        windows = model.page_groups.windows
+        one = most_pages(windows, config.max_model_len, config.block_size, _tokens_ahead(config))
+        most = config.max_num_seqs * one * page_bytes
         available = (psutil.virtual_memory().available - weight_bytes * mesh.size) // 2
         cache_bytes = min(CPU_CACHE_BYTES, most, available)
     if config.kv_cache_memory_bytes is not None:
@@ -167,7 +170,7 @@ def _device_memory(
     return fullest
 
 
-def _shard_bytes(aval: jax.ShapeDtypeStruct) -> int:
+def shard_bytes(aval: jax.ShapeDtypeStruct) -> int:
     """Bytes of an array's part on one device."""
     assert aval.sharding is not None
     return math.prod(aval.sharding.shard_shape(aval.shape)) * aval.dtype.itemsize
@@ -177,15 +180,35 @@ def _rounded(size: int) -> int:
     return -(-size // ROUNDING) * ROUNDING
 
 
-def check_fits(plan: MemoryPlan, config: ResolvedConfig) -> None:
+def room_for(plan: MemoryPlan, config: ResolvedConfig, windows: Sequence[int | None]) -> int:
+    """Tokens of the longest sequence that the cache can hold.
+
+    Args:
+        windows: of the model's page tables, see PageTables.
+    """
+    return longest_sequence(windows, plan.num_pages - 1, config.block_size, _tokens_ahead(config))
+
+
+def _tokens_ahead(config: ResolvedConfig) -> int:
+    return (config.run_ahead + 1) * config.max_num_batched_tokens
+
+
+def check_fits(
+    plan: MemoryPlan, config: ResolvedConfig, windows: Sequence[int | None] = (None,)
+) -> None:
     """Checks that one sequence of ``max_model_len`` fits, and that all together does.
+
+    Args:
+        windows: of the model's page tables, see PageTables.
 
     Raises:
         ConfigError: it doesn't; gives the numbers and the remedy.
     """
-    room = (plan.num_pages - 1) * config.block_size
+    room = room_for(plan, config, windows)
     if room < config.max_model_len:
-        needed = config.max_model_len / config.block_size * plan.page_bytes / GIB
+        length = config.max_model_len
+        pages = most_pages(windows, length, config.block_size, _tokens_ahead(config))
+        needed = pages * plan.page_bytes / GIB
         shorter = f"Set max_model_len={room} or less, or raise" if room else "Raise"
         raise ConfigError(
             f"A sequence of max_model_len={config.max_model_len} tokens needs {needed:.2f} GiB of "
@@ -205,7 +228,7 @@ def activation_bytes(config: ResolvedConfig, model: ModelConfig, dtype: jnp.dtyp
     tp, size = config.tensor_parallel_size, jnp.dtype(dtype).itemsize
     widest = max(
         6 * model.hidden_size
-        + 3 * layer.ffn.intermediate_size // tp
+        + _ffn_values(layer.ffn, model.hidden_size, tp)
         + 3
         * (layer.attention.num_heads + 2 * layer.attention.num_kv_heads)
         * layer.attention.head_size
@@ -216,3 +239,14 @@ def activation_bytes(config: ResolvedConfig, model: ModelConfig, dtype: jnp.dtyp
     # Token counts, logits, their adjusted copy, noise and what a softmax needs, four bytes each.
     sampling = 7 * config.max_num_seqs * model.vocab_size * 4
     return step + sampling + GIB // 4
+
+
+def _ffn_values(spec: MLPSpec | MoESpec, hidden: int, tp: int) -> int:
+    """How many values of a token one device keeps at once in a feed-forward network: gate, up and
+    what becomes of them. Of experts, those of each pair of a token and an expert, with the pair's
+    input and its output in float32; devices that share out the experts all keep all pairs."""
+    if isinstance(spec, MLPSpec):
+        return 3 * spec.intermediate_size // tp
+    width = spec.intermediate_size // (tp if spec.num_experts % tp else 1)
+    shared = 0 if spec.shared is None else _ffn_values(spec.shared, hidden, tp)
+    return spec.router.top_k * 3 * (width + hidden) + shared

@@ -85,7 +85,11 @@ class PageAllocator:
             pages.append(page)
         return pages
 
-    def num_free_after_taking(self, pages: Sequence[int]) -> int:
+    def find(self, hash_: bytes) -> int:
+        """The cached page of a hash; PADDING_PAGE if there is none. Takes no reference."""
+        return self._page_of_hash.get(hash_, PADDING_PAGE)
+
+    def num_free_after_taking(self, pages: Iterable[int]) -> int:
         """Free pages left if ``take(pages)`` were called."""
         return len(self._free) - sum(page in self._free for page in pages)
 
@@ -122,8 +126,8 @@ class PageAllocator:
         self._page_of_hash.clear()
         self._hash_of_page.clear()
 
-    def check_integrity(self, tables: Iterable[Sequence[int]]) -> None:
-        """Checks every invariant against the page lists of all live requests.
+    def check_integrity(self, tables: Iterable[Iterable[int]]) -> None:
+        """Checks every invariant against the pages of all live requests.
 
         Raises:
             RuntimeError: a page is lost, owned twice, or miscounted.

@@ -81,8 +81,9 @@ class Request:
         num_pending: of one that lost its row, the tokens that steps under way will still bring; it
             waits for them.
         num_cached_tokens: prompt tokens found in the prefix cache at first admission.
-        pages: its pages, in order of position.
-        page_hashes: chained hashes of its full pages, as far as they were needed.
+        pages: its pages, per page table in order of position, see PageTables; empty while it waits.
+        page_hashes: chained hashes of its full columns of pages, as far as they were needed.
+        hash_root: what the first of them is chained to.
         row: its row of device state while it runs, else -1.
         num_preemptions: how often it lost its pages.
         prompt_logprobs: of the prompt's tokens but the first, as far as they are known.
@@ -101,8 +102,9 @@ class Request:
     num_prompt_tokens: int = 0
     num_pending: int = 0
     num_cached_tokens: int | None = None
-    pages: list[int] = field(default_factory=list)
+    pages: list[list[int]] = field(default_factory=list)
     page_hashes: list[bytes] = field(default_factory=list)
+    hash_root: bytes = b""
     row: int = -1
     num_preemptions: int = 0
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)

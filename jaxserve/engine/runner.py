@@ -69,10 +69,11 @@ class Runner:
         self._rows = config.max_num_seqs
         self._vocab_size = model.vocab_size
         self._params: Params | None = None
+        self._tables = len(model.page_groups.windows)
         group = max(s.attention.num_heads // s.attention.num_kv_heads for s in model.layers)
         split = jax.default_backend() != "cpu"
         self._layouts = {
-            bucket: Layout.make(bucket, config.block_size, self._rows, group, split)
+            bucket: Layout.make(bucket, config.block_size, self._rows, group, split, self._tables)
             for bucket in buckets
         }
         max_pages = -(-config.max_model_len // config.block_size)
@@ -122,7 +123,9 @@ class Runner:
         early = []
         while len(updates) > layout.num_table_updates:
             early.append(
-                batch.padded_updates(updates[: step.TABLE_PIECE], step.TABLE_PIECE, self._rows)
+                batch.padded_updates(
+                    updates[: step.TABLE_PIECE], step.TABLE_PIECE, self._tables * self._rows
+                )
             )
             updates = updates[step.TABLE_PIECE :]
         packed = packer.pack(layout, decision, updates)

@@ -19,15 +19,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxserve.engine.decision import Decision, StepResult
-from jaxserve.engine.page_allocator import PageAllocator, page_hash
+from jaxserve.engine.page_allocator import PageAllocator
+from jaxserve.engine.page_tables import Cells, PageTables, flat, held
 from jaxserve.engine.request import FinishReason, Request, RequestUpdate, Status
 from jaxserve.engine.running import Running
 from jaxserve.engine.stats import Stats
 from jaxserve.engine.step_size import StepFiller
 from jaxserve.engine.waiting import Waiting
-
-Cells = list[tuple[int, int, int]]
-"""Entries of the page table: row, column, page."""
 
 
 class Scheduler:
@@ -39,6 +37,11 @@ class Scheduler:
         max_step_tokens: most tokens that a step computes.
         stats: counters to keep.
         step_sizes: see StepFiller.
+        windows: of the model's page tables, see PageTables.
+        run_ahead: most steps under way when the next is decided.
+        long_rope_len: a request longer than this has all its keys rotated by other frequencies (see
+            ``ModelConfig.long_rope_len``), so one that grows beyond it is computed anew, once;
+            None if never.
     """
 
     def __init__(
@@ -48,10 +51,16 @@ class Scheduler:
         max_step_tokens: int,
         stats: Stats,
         step_sizes: Sequence[int] = (),
+        windows: Sequence[int | None] = (None,),
+        run_ahead: int = 2,
+        long_rope_len: int | None = None,
     ) -> None:
         self.allocator = allocator
+        ahead = (run_ahead + 1) * max_step_tokens
+        self.tables = PageTables(allocator, windows, max_rows, ahead, long_rope_len)
         self.max_step_tokens = max_step_tokens
         self._filler = StepFiller(step_sizes)
+        self._long_rope_len = long_rope_len
         self.stats = stats
         self.requests: dict[str, Request] = {}
         self.waiting = Waiting()
@@ -71,13 +80,15 @@ class Scheduler:
 
     def schedule(self) -> Decision:
         """Decides the next step; an empty decision if nothing can be computed now."""
+        if self._long_rope_len is not None:
+            self._preempt_outgrown(self._long_rope_len)
         running, cells = self.running, Cells()
         wanted = running.columns.num_schedulable_tokens()
         budget = self._budget(wanted)
         num_tokens = _grant(wanted, budget)
         num_tokens, new = self._extend_pages(num_tokens, cells), list[int]()
         budget -= int(num_tokens.sum())
-        while budget > 0 and (length := self._admit_next(cells)):
+        while budget > 0 and (length := self._admit_next(cells, budget)):
             new.append(min(length, budget))
             budget -= new[-1]
         if new:
@@ -90,7 +101,9 @@ class Scheduler:
         Tokens of requests that ended meanwhile are surplus and are dropped here.
         """
         if self.allocator.enable_prefix_caching:
-            self._register_pages(decision)
+            self.tables.register(decision)
+        if self.tables.has_windows:
+            self.tables.free_unseen(decision)
         for request, read in result.prompt_reads:
             request.take(read)
         updates, num_generated = [], 0
@@ -105,7 +118,7 @@ class Scheduler:
             if request.num_pending:
                 request.num_pending -= 1
             if token_id < 0:
-                self.allocator.forget(request.page_hashes)
+                self.tables.forget(request)
                 updates.append(RequestUpdate(request, None, None, FinishReason.ERROR))
                 self._finish(request, FinishReason.ERROR)
                 continue
@@ -147,12 +160,21 @@ class Scheduler:
         Raises:
             RuntimeError: one is.
         """
-        self.allocator.check_integrity(request.pages for request in self.requests.values())
+        self.allocator.check_integrity(flat(one.pages) for one in self.requests.values())
         self.running.check_integrity()
         if len(self.requests) != len(self.waiting) + len(self.running):
             raise RuntimeError("a request is in no queue, or in two")
 
     # --- deciding ---------------------------------------------------------------------------
+
+    def _preempt_outgrown(self, limit: int) -> None:
+        """Preempts who was admitted with at most ``limit`` tokens and has to compute the next. It
+        waits first in line, for a row and for its tokens that steps under way will bring."""
+        columns = self.running.columns
+        reached = (columns.num_given_tokens <= limit) & (columns.num_computed_tokens >= limit)
+        outgrown = reached & (columns.num_schedulable_tokens() > 0)
+        for index in outgrown.nonzero()[0][::-1].tolist():
+            self._preempt(self.running.requests[index])
 
     def _budget(self, wanted: np.ndarray) -> int:
         """How many tokens the step gets if those that run want so many, int32 [running]."""
@@ -165,41 +187,48 @@ class Scheduler:
     def _num_waiting_tokens(self, enough: int) -> int:
         """Tokens of the requests that can be admitted now, counted no further than ``enough``. May
         be too many, since hits among the free pages count as free, but not too few."""
-        total, spare = 0, self.allocator.num_free - len(self.running)
+        total, spare = 0, self.allocator.num_free - self._num_spoken_for()
         for request in itertools.islice(self.waiting, self.running.num_free_rows):
-            num_tokens, num_hits = len(request.token_ids), len(self._hits(request))
-            missing = self.allocator.pages_for(num_tokens) - num_hits
+            num_tokens, hits = len(request.token_ids), self.tables.hits(request)
+            missing = self.tables.most_pages(num_tokens) - held(hits)
             if total >= enough or spare < missing or request.num_pending:
                 break
-            total += num_tokens - num_hits * self.allocator.page_size
-            spare -= missing + 1
+            total += num_tokens - len(hits[0]) * self.allocator.page_size
+            spare -= missing + self.tables.num_tables
         return total
 
-    def _admit_next(self, cells: Cells) -> int:
-        """Gives the first waiting request a row and the pages of all its tokens, if there are
-        enough; returns how many tokens it has to compute, 0 if it must wait on.
+    def _num_spoken_for(self) -> int:
+        """Free pages that the requests that run will want: a column for each, so that the next one
+        of them that needs it preempts nobody, and what their prompts still lack."""
+        computed = self.running.columns.num_computed_tokens.tolist()
+        promised = self.tables.promised(self.running.requests, computed)
+        return promised + len(self.running) * self.tables.num_tables
 
-        First come, first served: nobody overtakes it. One free page per running request must
-        remain, else the next page that one of them needs would preempt this request right away.
+    def _admit_next(self, cells: Cells, budget: int) -> int:
+        """Gives the first waiting request a row and its pages, if there are enough for all of its
+        tokens; returns how many of those it has to compute, 0 if it must wait on.
+
+        First come, first served: nobody overtakes it.
         """
         request = next(iter(self.waiting), None)
         if request is None or request.num_pending or not self.running.num_free_rows:
             return 0
         num_tokens, page_size = len(request.token_ids), self.allocator.page_size
-        hits = self._hits(request)
-        missing = self.allocator.pages_for(num_tokens) - len(hits)
-        if self.allocator.num_free_after_taking(hits) < missing + len(self.running):
+        hits = self.tables.hits(request)
+        missing = self.tables.most_pages(num_tokens) - held(hits)
+        if self.allocator.num_free_after_taking(flat(hits)) < missing + self._num_spoken_for():
             return 0
         self.waiting.remove(request)
-        self.allocator.take(hits)
-        pages = hits + self.allocator.allocate(missing)
-        num_computed = len(hits) * page_size
+        num_computed = len(hits[0]) * page_size
         if request.num_cached_tokens is None:
             request.num_cached_tokens = num_computed
             self.stats.prompt_tokens += request.num_prompt_tokens
             self.stats.cached_tokens += num_computed
         self.running.add(request, num_computed)
-        self._give_pages(len(self.running) - 1, pages, cells)
+        cells += self.tables.take(request, hits)
+        # Where pages are given back on the way, it gets them on the way too.
+        goal = min(num_tokens, num_computed + budget) if self.tables.has_windows else num_tokens
+        self._extend(len(self.running) - 1, self.allocator.pages_for(goal) - len(hits[0]), cells)
         return num_tokens - num_computed
 
     def _extend_pages(self, num_tokens: np.ndarray, cells: Cells) -> np.ndarray:
@@ -212,23 +241,21 @@ class Scheduler:
         columns, allocator = self.running.columns, self.allocator
         goal = columns.num_computed_tokens + num_tokens
         needed = -(-np.maximum(goal - columns.num_slots, 0) // allocator.page_size)
-        while (total := int(needed.sum())) > allocator.num_free:
+        while int(needed.sum()) * self.tables.num_tables > allocator.num_free:
             requests = self.running.requests
             last = max(range(len(requests)), key=lambda index: (requests[index].priority, index))
             self._preempt(requests[last])
             needed, num_tokens = np.delete(needed, last), np.delete(num_tokens, last)
-        pages = allocator.allocate(total)
         for index in needed.nonzero()[0].tolist():
-            count = needed[index]
-            self._give_pages(index, pages[:count], cells)
-            pages = pages[count:]
+            self._extend(index, int(needed[index]), cells)
         return num_tokens
 
-    def _give_pages(self, index: int, pages: list[int], cells: Cells) -> None:
+    def _extend(self, index: int, count: int, cells: Cells) -> None:
+        """Gives a running request so many columns more."""
         request = self.running.requests[index]
-        cells += [(request.row, at, page) for at, page in enumerate(pages, len(request.pages))]
-        request.pages += pages
-        self.running.columns.num_slots[index] = len(request.pages) * self.allocator.page_size
+        cells += self.tables.extend(request, count)
+        slots = self.tables.num_columns(request) * self.allocator.page_size
+        self.running.columns.num_slots[index] = slots
 
     def _decide(self, num_tokens: np.ndarray, num_new_rows: int, cells: Cells) -> Decision:
         """The decision that gives each request that runs so many tokens, int32 [running]."""
@@ -240,6 +267,8 @@ class Scheduler:
         samples = start + num_tokens == columns.num_tokens
         running.columns.num_computed_tokens[lanes] += num_tokens
         running.columns.num_tokens[lanes] += samples
+        # Preempted at the limit, a request that outgrew it was admitted with more tokens than that.
+        by_prompt = self._long_rope_len is None
         if requests:
             self.stats.kv_slots += int(running.columns.num_slots.sum())
             self.stats.kv_tokens += int(running.columns.num_computed_tokens.sum())
@@ -250,6 +279,7 @@ class Scheduler:
             start=start,
             num_scheduled_tokens=num_tokens,
             num_prompt_tokens=columns.num_prompt_tokens,
+            rope_length=columns.num_prompt_tokens if by_prompt else columns.num_given_tokens,
             num_preemptions=columns.num_preemptions,
             output_index=columns.num_tokens - columns.num_prompt_tokens,
             samples=samples,
@@ -259,37 +289,6 @@ class Scheduler:
         )
 
     # --- one request ------------------------------------------------------------------------
-
-    def _register_pages(self, decision: Decision) -> None:
-        """Makes the pages findable that a completed step filled to the end. Those of requests whose
-        logits turn out to be bad are forgotten again before anybody looks for them."""
-        size = self.allocator.page_size
-        end = decision.start + decision.num_scheduled_tokens
-        firsts, lasts = decision.start // size, end // size
-        for lane in (firsts < lasts).nonzero()[0].tolist():
-            request, last = decision.requests[lane], int(lasts[lane])
-            # Who lost the pages since has others; who ended has none.
-            if request.num_preemptions == decision.num_preemptions[lane]:
-                self._hash_pages(request, last)
-                filled = slice(int(firsts[lane]), last)
-                for page, hash_ in zip(request.pages[filled], request.page_hashes[filled]):
-                    self.allocator.register(page, hash_)
-
-    def _hits(self, request: Request) -> list[int]:
-        """Pages of a waiting request that are cached; its last token is always left to compute."""
-        if not self.allocator.enable_prefix_caching or request.reads_whole_prompt:
-            return []
-        num_pages = (len(request.token_ids) - 1) // self.allocator.page_size
-        self._hash_pages(request, num_pages)
-        return self.allocator.match(request.page_hashes[:num_pages])
-
-    def _hash_pages(self, request: Request, num_pages: int) -> None:
-        """Makes sure that the hashes of the first so many pages are known."""
-        size, hashes = self.allocator.page_size, request.page_hashes
-        for index in range(len(hashes), num_pages):
-            parent = hashes[-1] if hashes else request.cache_salt
-            tokens = request.token_ids[index * size : (index + 1) * size]
-            hashes.append(page_hash(parent, tokens))
 
     def _preempt(self, request: Request) -> None:
         """Takes a running request's pages and row away; it is computed anew later."""
@@ -301,8 +300,7 @@ class Scheduler:
 
     def _release(self, request: Request) -> int:
         """Takes the pages and the row away; returns how many tokens are still to come."""
-        self.allocator.free(request.pages)
-        request.pages = []
+        self.tables.release(request)
         return self.running.remove(request)
 
     def _finish(self, request: Request, reason: FinishReason) -> None:

@@ -41,7 +41,7 @@ class StepState:
 
     Attributes:
         cache: the KV pages.
-        page_table: int32 [rows, pages].
+        page_table: int32 [tables * rows, pages], all page tables one below the other.
         sampler: see SamplerState.
     """
 
@@ -82,7 +82,7 @@ class StepPrograms:
         dtype = params["embed/tokens"].dtype
         self.state = StepState(
             cache=kv_cache.shapes(model, num_pages, layout.page_size, dtype, mesh),
-            page_table=self._int32(layout.rows, max_pages),
+            page_table=self._int32(layout.tables * layout.rows, max_pages),
             sampler=SamplerState(
                 last_token=self._int32(layout.rows),
                 counts=self._int32(layout.rows, model.vocab_size, spec=self._logits_spec),

@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxserve.distributed import local_part, reduce_terms
 from jaxserve.model import kv_cache, norms, rope
-from jaxserve.model.config import AttentionSpec
+from jaxserve.model.config import AttentionSpec, NormSpec
 from jaxserve.model.inputs import StepInputs
 from jaxserve.model.params import Param, Params, prefixed
 from jaxserve.quant import linear_terms
@@ -35,7 +35,9 @@ def declare(spec: AttentionSpec, hidden_size: int) -> dict[str, Param]:
         tree["out_bias"] = Param((hidden_size,), (None,), "zeros")
     if spec.sinks:
         tree["sinks"] = Param((spec.num_heads,), ("heads",), "zeros")
-    if spec.qk_norm is not None:
+    if spec.qk_norm is not None and spec.qk_norm.kind == "layer":
+        tree["qk_norm/scale"] = Param((kv, group + 1, size), ("kv_heads", None, None), "ones")
+    elif spec.qk_norm is not None:
         tree |= prefixed("q_norm", norms.declare(spec.qk_norm, size))
         tree |= prefixed("k_norm", norms.declare(spec.qk_norm, size))
     return tree
@@ -61,7 +63,9 @@ def apply(
     if spec.qkv_bias:
         qkv = qkv.sum(0, keepdims=True) + params["qkv_bias"]
     head_norm = None
-    if spec.qk_norm is not None:
+    if spec.qk_norm is not None and spec.qk_norm.kind == "layer":
+        qkv = _normalize_heads(spec.qk_norm, params["qk_norm/scale"], qkv, x.dtype)
+    elif spec.qk_norm is not None:
         head_norm = HeadNorm(params["q_norm/scale"], params["k_norm/scale"], spec.qk_norm.eps)
     q, k_pages, v_pages = rope_kv_write(
         qkv,
@@ -93,11 +97,26 @@ def apply(
     return reduce_terms(terms, params.get("out_bias")), (k_pages, v_pages)
 
 
+def _normalize_heads(
+    norm: NormSpec, scale: jax.Array, qkv: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """Normalizes queries and keys with the scales [kv_heads, group + 1, head_size].
+
+    Returns:
+        One term [1, T, kv_heads, group + 2, head_size] of that dtype, of qkv's several.
+    """
+    qkv = qkv.sum(0, dtype=jnp.float32).astype(dtype)
+    qk = norms.apply(norm, {"scale": scale}, qkv[:, :, :-1])
+    return jnp.concatenate([qk, qkv[:, :, -1:]], 2)[None]
+
+
 def _variant(spec: AttentionSpec, params: Params) -> Variant | None:
     """What the family changes of the scores."""
     if spec.softcap is None and not spec.sinks and not spec.alibi:
         return None
-    slopes = local_part(jnp.asarray(alibi_slopes(spec.num_heads))) if spec.alibi else None
+    slopes = None
+    if spec.alibi:
+        slopes = local_part(jnp.asarray(alibi_slopes(spec.num_heads) * spec.alibi_scale))
     return Variant(slopes, params.get("sinks"), spec.softcap)
 
 

@@ -7,9 +7,12 @@ the checkpoint's config.json; nothing behind that function knows family names.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +23,7 @@ class RopeScaling:
 
     Attributes:
         kind: "linear", "dynamic" (NTK by length), "yarn", "llama3", "longrope" (one factor per
-            pair, another set for long prompts) or "qwen" (Qwen 1's NTK by the prompt's length).
+            pair, another set for long requests) or "qwen" (Qwen 1's NTK by the prompt's length).
         factor: how many times longer the context becomes.
         original_max_len: the length that the model was first trained for, in tokens.
         low_freq_factor, high_freq_factor: llama3's band edges.
@@ -41,11 +44,6 @@ class RopeScaling:
     attention_factor: float = 1.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
-
-    @property
-    def by_length(self) -> bool:
-        """Whether a token's angles depend on the length of its request, not on its place alone."""
-        return self.kind in ("dynamic", "longrope", "qwen")
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,8 @@ class NormSpec:
         eps: added to the mean square or the variance.
         bias: whether a LayerNorm adds one.
         wide_scale: the scale is kept in float32 whatever the weights' dtype, for families whose
-            scale is one plus the checkpoint's weight.
+            scale is one plus the checkpoint's weight, or who round what is scaled (gpt-oss) rather
+            than before.
     """
 
     kind: Literal["rms", "layer"]
@@ -90,10 +89,13 @@ class AttentionSpec:
         rope: None for models with learned positions or ALiBi.
         sliding_window: a token sees this many tokens, itself included; None sees all.
         qkv_bias, out_bias: whether the projections have biases.
-        qk_norm: RMSNorm over head_size on each query and key head, before rope.
+        qk_norm: over head_size on each query and key head, before rope: an RMSNorm, of which all
+            query heads share one scale and all key heads another, or a LayerNorm without bias, of
+            which each head has its own.
         softcap: scores become softcap * tanh(score / softcap); None for none.
         sinks: each head has a learned logit that takes part in the softmax and adds no value.
         alibi: ALiBi (Press et al. 2022, arXiv:2108.12409) with the slopes of ``alibi_slopes``.
+        alibi_scale: multiplies the slopes.
         log_length: queries at positions p >= log_length grow by log(p + 1) / log(log_length).
     """
 
@@ -109,6 +111,7 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: bool = False
     alibi: bool = False
+    alibi_scale: float = 1.0
     log_length: int | None = None
 
     @property
@@ -289,6 +292,11 @@ class ModelConfig:
     logit_softcap: float | None = None
     dtype: str = "float32"
 
+    @functools.cached_property
+    def page_groups(self) -> PageGroups:
+        """Which layers share page tables."""
+        return group_layers(self.layers, self.max_model_len)
+
     @property
     def rope_specs(self) -> tuple[RopeSpec, ...]:
         """The distinct rope specs of all layers, in order of first use."""
@@ -298,12 +306,17 @@ class ModelConfig:
     @property
     def dynamic_rope_len(self) -> int | None:
         """Prompts longer than this rotate keys by their own length; None if none do."""
-        lens = [
-            spec.scaling.original_max_len
-            for spec in self.rope_specs
-            if spec.scaling is not None and spec.scaling.by_length
-        ]
-        return min(lens, default=None)
+        return self._original_len("dynamic", "qwen")
+
+    @property
+    def long_rope_len(self) -> int | None:
+        """Requests longer than this rotate all keys by longrope's long factors; None if none do."""
+        return self._original_len("longrope")
+
+    def _original_len(self, *kinds: str) -> int | None:
+        """The shortest original length of the rope scalings of these kinds."""
+        scalings = [spec.scaling for spec in self.rope_specs if spec.scaling is not None]
+        return min((s.original_max_len for s in scalings if s.kind in kinds), default=None)
 
     def to_json(self) -> str:
         """The config as JSON text; ``from_json`` reads it back."""
@@ -313,6 +326,61 @@ class ModelConfig:
     def from_json(cls, text: str) -> ModelConfig:
         """Reads what ``to_json`` wrote."""
         return _from_plain(cls, json.loads(text))
+
+
+@dataclass(frozen=True)
+class PageGroups:
+    """How layers share page tables and the cache's arrays.
+
+    A table's layers see the same tokens, so they want the same pages. All tables have as many
+    places for layers, and layers with the same place in different tables share an array of pages:
+    a page holds keys and values of one table's layers, whichever table that is.
+
+    Attributes:
+        windows: per table, the sliding window of its layers; None if they see everything.
+        table, place: per layer.
+        num_places: arrays (or pairs of them) that the cache has.
+    """
+
+    windows: tuple[int | None, ...]
+    table: tuple[int, ...]
+    place: tuple[int, ...]
+    num_places: int
+
+
+MAX_TABLES = 8
+
+
+def group_layers(layers: Sequence[LayerSpec], max_model_len: int) -> PageGroups:
+    """The grouping that leaves the fewest places empty, with at most MAX_TABLES tables.
+
+    Args:
+        layers: of the model.
+        max_model_len: windows at least that long are none.
+    """
+    windows = [layer.attention.sliding_window for layer in layers]
+    windows = [w if w is not None and w < max_model_len else None for w in windows]
+    if len({layer.attention.cached for layer in layers}) > 1:  # they can't share arrays
+        widest = None if None in windows else max(w for w in windows if w is not None)
+        windows = [widest] * len(layers)
+    counts = Counter(windows)
+
+    def tables(places: int) -> int:
+        return sum(-(-count // places) for count in counts.values())
+
+    sizes = [n for n in range(1, max(counts.values()) + 1) if tables(n) <= MAX_TABLES]
+    places = min(sizes, key=lambda n: (tables(n) * n, -n))
+    seen: Counter[int | None] = Counter()
+    first, all_windows = {}, list[int | None]()
+    for window, count in counts.items():
+        first[window] = len(all_windows)
+        all_windows += [window] * -(-count // places)
+    table, place = [], []
+    for window in windows:
+        table.append(first[window] + seen[window] // places)
+        place.append(seen[window] % places)
+        seen[window] += 1
+    return PageGroups(tuple(all_windows), tuple(table), tuple(place), places)
 
 
 def _from_plain(kind: Any, value: Any) -> Any:

@@ -166,15 +166,16 @@ def _run_layers(
         spec: rope.cos_sin(spec, inputs.positions, inputs.rope_lengths)
         for spec in config.rope_specs
     }
-    new_cache = []
+    groups, places = config.page_groups, list(cache)
+    inputs_of = [inputs.of_table(table) for table in range(len(groups.windows))]
     for index, layer in enumerate(config.layers):
         weights = under(f"layers/{index}", params)
         cos_sin = tables[layer.attention.rope] if layer.attention.rope is not None else None
-        residual, layer_cache = _layer(
-            layer, kernels, weights, residual, cache[index], inputs, cos_sin
+        place, own = groups.place[index], inputs_of[groups.table[index]]
+        residual, places[place] = _layer(
+            layer, kernels, weights, residual, places[place], own, cos_sin
         )
-        new_cache.append(layer_cache)
-    return residual, tuple(new_cache)
+    return residual, tuple(places)
 
 
 def _embed(config: ModelConfig, params: Params, inputs: StepInputs) -> jax.Array:
@@ -213,7 +214,10 @@ def _layer(
         return apply(layer.attention, own, h, cache, inputs, cos_sin, kernels)
 
     def feed_forward(h: jax.Array) -> jax.Array:
-        return FFN[type(layer.ffn)].apply(layer.ffn, under("ffn", weights), h, kernels)
+        own = under("ffn", weights)
+        if isinstance(layer.ffn, MoESpec):
+            return moe.apply(layer.ffn, own, h, kernels, inputs.is_token)
+        return ffn.apply(layer.ffn, own, h, kernels)
 
     def before(which: str, residual: Residual) -> tuple[Residual, jax.Array]:
         if layer.norm_order == "post":

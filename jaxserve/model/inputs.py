@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
@@ -19,9 +20,12 @@ class StepInputs:
     Attributes:
         token_ids, positions: int32 [T].
         rope_lengths: int32 [T], see ``rope.cos_sin``.
-        write_page, write_slot: int32 [T], where each token's keys and values go.
+        write_page: int32 [tables, T], the page that each token's keys and values go to, in each of
+            the page tables; [T] for one table's layers.
+        write_slot: int32 [T], where in that page.
         sample_index: int32 [L], which token's logits each lane wants.
-        page_table: int32 [rows, pages], the pages of each row in order.
+        page_table: int32 [tables, rows, pages], the pages of each row in order; [rows, pages] for
+            one table's layers.
         attention: which tokens see what.
     """
 
@@ -33,3 +37,13 @@ class StepInputs:
     sample_index: jax.Array
     page_table: jax.Array
     attention: AttentionBatch
+
+    @property
+    def is_token(self) -> jax.Array:
+        """bool [T], False for padding."""
+        return self.write_page != 0
+
+    def of_table(self, table: int) -> StepInputs:
+        """What layers with that page table get."""
+        own = self.write_page[table], self.page_table[table]
+        return dataclasses.replace(self, write_page=own[0], page_table=own[1])

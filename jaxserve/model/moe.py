@@ -46,12 +46,19 @@ def apply(
     params: Params,
     x: jax.Array,
     kernels: Kernels = CHOOSE,
+    is_token: jax.Array | None = None,
 ) -> jax.Array:
-    """Maps x [T, hidden] to terms [S, T, hidden] whose sum is the network's output."""
+    """Maps x [T, hidden] to terms [S, T, hidden] whose sum is the network's output.
+
+    ``is_token`` bool [T] is False for padding, which chooses no experts: theirs would have to be
+    read besides those of the tokens.
+    """
     logits = linear(x, params["router"], out_dtype=jnp.float32)
     if spec.router.bias:
         logits = logits + params["router_bias"]
     experts, weights = choose(spec.router, logits, params.get("router_correction"))
+    if is_token is not None:
+        experts = jnp.where(is_token[:, None], experts, -1)
     here = params["experts_up"].shape[0]
     down_bias = params.get("experts_down_bias")
     if here < spec.num_experts:  # those of other devices lie outside of [0, here)

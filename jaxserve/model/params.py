@@ -47,7 +47,7 @@ class Param:
 
     def dtype_in(self, model: jnp.dtype) -> jnp.dtype:
         """Its dtype in a model of that dtype."""
-        return model if self.dtype is None else jnp.dtype(self.dtype)
+        return jnp.dtype(self.dtype or model)
 
 
 def prefixed(prefix: str, tree: Mapping[str, Param]) -> dict[str, Param]:

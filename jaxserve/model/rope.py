@@ -13,18 +13,22 @@ from jaxserve.model.config import RopeScaling, RopeSpec
 CosSin = tuple[jax.Array, jax.Array]
 
 
-def inverse_frequencies(spec: RopeSpec) -> np.ndarray:
+def inverse_frequencies(spec: RopeSpec, long: bool = False) -> np.ndarray:
     """Angle per position of each rotated pair, float32 [rotary_size / 2].
 
-    "dynamic" gives the unscaled frequencies; ``cos_sin`` scales them by each token's length.
+    "dynamic" and "qwen" give the unscaled frequencies; ``cos_sin`` scales them by each token's
+    length. "longrope" gives those of short requests, or of ``long`` ones.
     """
     exponent = np.arange(0, spec.rotary_size, 2, dtype=np.float32) / spec.rotary_size
     base = (1.0 / spec.theta**exponent).astype(np.float32)
     scaling = spec.scaling
-    if scaling is None or scaling.kind == "dynamic":
+    if scaling is None or scaling.kind in ("dynamic", "qwen"):
         return base
     if scaling.kind == "linear":
         return base / np.float32(scaling.factor)
+    if scaling.kind == "longrope":
+        factors = scaling.long_factors if long else scaling.short_factors
+        return base / np.array(factors, np.float32)
     if scaling.kind == "llama3":
         return _llama3(base, scaling)
     return _yarn(base, spec.theta, spec.rotary_size, scaling)
@@ -61,19 +65,37 @@ def cos_sin(spec: RopeSpec, positions: jax.Array, lengths: jax.Array) -> CosSin:
 
     Args:
         positions: int32 [T].
-        lengths: int32 [T], the length by which "dynamic" scales a token: its prompt's length, or
-            position + 1 once that is larger. Other kinds don't read it.
+        lengths: int32 [T], the length of each token's prompt, by which "dynamic" and "qwen" scale.
+            "longrope" (Ding et al. 2024, arXiv:2402.13753) has other frequencies for all tokens of
+            requests longer than the original length: here stands how long a request was when its
+            first key was computed, and one that outgrows the original length begins anew.
     """
     frequencies = jnp.asarray(inverse_frequencies(spec))[None, :]
     scaling = spec.scaling
-    if scaling is not None and scaling.kind == "dynamic":
-        # theta * (factor * length / original - (factor - 1)) ** (d / (d - 2)), length >= original
-        length = jnp.maximum(lengths, scaling.original_max_len).astype(jnp.float32)
-        growth = scaling.factor * length / scaling.original_max_len - (scaling.factor - 1)
+    if scaling is not None and scaling.kind in ("dynamic", "qwen"):
         size = spec.rotary_size
         exponent = jnp.arange(0, size, 2, dtype=jnp.float32) / size
-        theta = spec.theta * growth ** (size / (size - 2))
+        theta = spec.theta * _growth(scaling, positions, lengths) ** (size / (size - 2))
         frequencies = 1.0 / theta[:, None] ** exponent[None, :]
+    if scaling is not None and scaling.kind == "longrope":
+        long = (lengths > scaling.original_max_len)[:, None]
+        frequencies = jnp.where(long, inverse_frequencies(spec, long=True), frequencies)
     angles = positions.astype(jnp.float32)[:, None] * frequencies
     factor = 1.0 if scaling is None else scaling.attention_factor
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
+
+
+def _growth(scaling: RopeScaling, positions: jax.Array, lengths: jax.Array) -> jax.Array:
+    """By how much each token's longest wavelength grows, float32 [T].
+
+    "dynamic": by its prompt's length n, or its own place once that is further:
+    factor * n / original - (factor - 1). "qwen": by the prompt's length alone, in steps:
+    2 ** ceil(log2(n / original) + 1) - 1 (get_ntk_alpha of Qwen's modeling_qwen.py). At least 1.
+    """
+    original = scaling.original_max_len
+    if scaling.kind == "dynamic":
+        length = jnp.maximum(jnp.maximum(lengths, positions + 1), original).astype(jnp.float32)
+        return scaling.factor * length / original - (scaling.factor - 1)
+    doubled = np.array([original << i for i in range(31) if original << i < 2**31], np.int32)
+    doublings = (lengths[:, None] > doubled).sum(1)
+    return 2.0 ** (doublings + 1.0) - 1.0

@@ -6,9 +6,10 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.expert_ffn import reference
+from pallas_kernels.expert_ffn import reference, triton
 
-IMPLEMENTATIONS = {"reference": reference.expert_ffn}
+# No mosaic_tpu: XLA for TPUs has a grouped product for ``ragged_dot``.
+IMPLEMENTATIONS = {"triton": triton.expert_ffn, "reference": reference.expert_ffn}
 
 
 def expert_ffn(

@@ -55,10 +55,11 @@ def of_layer(layer: LayerShape, rows: int) -> dict[str, Case]:
 
 def gate_cases(layer: LayerShape) -> tuple[Case, ...]:
     """Products that an implementation must pass before a model with such layers uses it."""
+    first = "qkv" if layer.latent_size is None else "down"
     return tuple(
         replace(of_layer(layer, rows)[which], name=f"{which}, {rows} rows")
         for rows in (3, 40)
-        for which in ("qkv", "up")
+        for which in (first, "up")
     )
 
 

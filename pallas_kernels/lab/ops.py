@@ -18,7 +18,9 @@ from pallas_kernels.workload import Cost, LayerShape
 
 OPS = (
     "add_rms_norm",
+    "expert_ffn",
     "fused_linear",
+    "latent_attention",
     "paged_attention",
     "rope_kv_write",
     "truncation_threshold",

@@ -6,10 +6,13 @@ import jax
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
-from pallas_kernels.latent_attention import reference
+from pallas_kernels.latent_attention import reference, triton
 from pallas_kernels.paged_attention.batch import AttentionBatch
 
-IMPLEMENTATIONS = {"reference": reference.latent_attention}
+IMPLEMENTATIONS = {
+    "triton": triton.latent_attention,
+    "reference": reference.latent_attention,
+}
 
 
 def latent_attention(

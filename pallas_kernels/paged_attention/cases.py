@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention.batch import AttentionBatch, plan, plan_sizes
+from pallas_kernels.paged_attention.variant import Variant
 from pallas_kernels.workload import LLAMA_1B, LLAMA_8B, Cost, LayerShape, normal
 
 
@@ -16,7 +18,8 @@ from pallas_kernels.workload import LLAMA_1B, LLAMA_8B, Cost, LayerShape, normal
 class Case:
     """One ragged batch: per lane (new tokens, tokens in all), and the model's shape.
 
-    ``padding`` lanes and tokens come on top, as in a step that doesn't fill its bucket.
+    ``padding`` lanes and tokens come on top, as in a step that doesn't fill its bucket. The last
+    three fields make its Variant; ``plain`` cases have none.
     """
 
     name: str
@@ -28,12 +31,19 @@ class Case:
     sliding_window: int | None = None
     dtype: str = "float32"
     padding: int = 2
+    softcap: float | None = None
+    alibi: bool = False
+    sinks: bool = False
+
+    @property
+    def plain(self) -> bool:
+        return self.softcap is None and not self.alibi and not self.sinks
 
 
 DECODE = ((1, 1), (1, 17), (1, 200), (1, 333))
 MIXED = ((1, 5), (7, 7), (40, 90), (1, 150), (33, 33))
 
-CASES = (
+PLAIN_CASES = (
     Case("decode", DECODE),
     Case("decode, group 1", DECODE, heads=3, kv_heads=3),
     Case("decode, group 7", DECODE, heads=7, kv_heads=1, head_size=128),
@@ -55,6 +65,19 @@ CASES = (
     Case("mixed, page size 32", MIXED, page_size=32),
     Case("mixed, bfloat16", MIXED, dtype="bfloat16"),
 )
+VARIANT_CASES = (
+    Case("decode, softcap", DECODE, softcap=2.0),
+    Case("decode, ALiBi, group 3", DECODE, heads=6, alibi=True),
+    Case("decode, sinks", DECODE, sinks=True),
+    # 12 items, of which the window leaves the first ones no key.
+    Case("decode, long, window, sinks", ((1, 1500),), sliding_window=200, padding=0, sinks=True),
+    Case("decode, long, all variants", ((1, 1500),), softcap=2.0, alibi=True, sinks=True),
+    Case("mixed, softcap, head size 128", MIXED, head_size=128, softcap=2.0),
+    Case("mixed, ALiBi, group 1", MIXED, heads=2, alibi=True),
+    Case("mixed, sinks, window", MIXED, sinks=True, sliding_window=20),
+    Case("mixed, softcap, ALiBi, sinks", MIXED, softcap=2.0, alibi=True, sinks=True),
+)
+CASES = PLAIN_CASES + VARIANT_CASES
 
 CARRIED = {"q": 0}
 """Argument -> the output that may take over its buffer."""
@@ -74,11 +97,16 @@ def of_layer(
         sliding_window=layer.sliding_window,
         dtype=layer.dtype,
         padding=padding,
+        softcap=layer.softcap,
+        alibi=layer.alibi,
+        sinks=layer.sinks,
     )
 
 
 def gate_cases(layer: LayerShape) -> tuple[Case, ...]:
     """Small batches that an implementation must pass before a model with such layers uses it."""
+    if layer.latent_size is not None:
+        return ()
     return (of_layer(layer, "decode", DECODE, 2), of_layer(layer, "mixed", MIXED, 2))
 
 
@@ -105,6 +133,9 @@ VARIANTS = {
     "page size 32": replace(LLAMA_8B, page_size=32),
     "page size 64": replace(LLAMA_8B, page_size=64),
     "window 512": replace(LLAMA_8B, sliding_window=512),
+    "softcap": replace(LLAMA_8B, softcap=50.0),
+    "ALiBi": replace(LLAMA_8B, alibi=True),
+    "sinks, window 128": replace(LLAMA_8B, head_size=64, sinks=True, sliding_window=128),
 }
 BENCHMARKS = (
     *(of_layer(LLAMA_8B, f"8B {name}", lanes, 0) for name, lanes in BATCHES.items()),
@@ -124,19 +155,50 @@ def make(case: Case, seed: int, split: bool = True) -> dict:
     padding's. ``split`` leaves the plan room to split contexts.
     """
     rng = np.random.default_rng(seed)
-    query_len = np.array([new for new, _ in case.lanes], np.int32)
-    kv_len = np.array([total for _, total in case.lanes], np.int32)
-    lanes = len(case.lanes) + case.padding
+    table, batch, tokens = ragged(
+        rng, case.lanes, case.padding, case.page_size, case.heads // case.kv_heads, split
+    )
+    pool = (table.size + 1, case.kv_heads, case.page_size, case.head_size)
+    return {
+        "q": normal(rng, (tokens, case.heads, case.head_size), case.dtype),
+        "k_pages": normal(rng, pool, case.dtype),
+        "v_pages": normal(rng, pool, case.dtype),
+        "page_table": table,
+        "batch": batch,
+        "scale": case.head_size**-0.5,
+        "sliding_window": case.sliding_window,
+        **({} if case.plain else {"variant": _variant(case, rng)}),
+    }
+
+
+def _variant(case: Case, rng: np.random.Generator) -> Variant:
+    """Slopes of the size that models have, and sinks that weigh about as much as the keys."""
+    slopes = jnp.asarray(2.0 ** -rng.uniform(1, 8, case.heads), jnp.float32)
+    sinks = normal(rng, (case.heads,), case.dtype) + 4
+    return Variant(slopes if case.alibi else None, sinks if case.sinks else None, case.softcap)
+
+
+def ragged(
+    rng: np.random.Generator,
+    lanes: tuple[tuple[int, int], ...],
+    padding: int,
+    page_size: int,
+    group: int,
+    split: bool = True,
+) -> tuple[jax.Array, AttentionBatch, int]:
+    """A page table without page 0, a batch, and the token places of the step; see ``make``."""
+    query_len = np.array([new for new, _ in lanes], np.int32)
+    kv_len = np.array([total for _, total in lanes], np.int32)
+    count = len(lanes) + padding
     decode_only = bool((query_len == 1).all())
-    tokens = lanes if decode_only else int(query_len.sum()) + case.padding
-    width = -(-int(kv_len.max()) // case.page_size) + 1
-    pages = lanes * width + 1
-    table = (rng.permutation(pages - 1) + 1).reshape(lanes, width).astype(np.int32)
-    rows = rng.permutation(lanes).astype(np.int32)
-    sizes = plan_sizes(lanes, tokens, case.heads // case.kv_heads, split)
+    tokens = count if decode_only else int(query_len.sum()) + padding
+    width = -(-int(kv_len.max()) // page_size) + 1
+    table = (rng.permutation(count * width) + 1).reshape(count, width).astype(np.int32)
+    rows = rng.permutation(count).astype(np.int32)
+    sizes = plan_sizes(count, tokens, group, split)
 
     def padded(values: np.ndarray) -> np.ndarray:
-        return np.pad(values, (0, case.padding)).astype(np.int32)
+        return np.pad(values, (0, padding)).astype(np.int32)
 
     arrays = {
         "row": rows,
@@ -149,17 +211,7 @@ def make(case: Case, seed: int, split: bool = True) -> dict:
         **{name: jnp.asarray(array) for name, array in arrays.items()},
         tile_tokens=sizes.tile_tokens,
     )
-
-    pool = (pages, case.kv_heads, case.page_size, case.head_size)
-    return {
-        "q": normal(rng, (tokens, case.heads, case.head_size), case.dtype),
-        "k_pages": normal(rng, pool, case.dtype),
-        "v_pages": normal(rng, pool, case.dtype),
-        "page_table": jnp.asarray(table),
-        "batch": batch,
-        "scale": case.head_size**-0.5,
-        "sliding_window": case.sliding_window,
-    }
+    return jnp.asarray(table), batch, tokens
 
 
 def cost(case: Case) -> Cost:
@@ -189,11 +241,18 @@ def specified(case: Case, arguments: dict[str, Any]) -> tuple[np.ndarray | None,
 def poison(case: Case, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments with NaN where nobody may read: pages and slots behind each lane's last token,
     the pages of no lane, the padding's page 0."""
-    readable = np.zeros((arguments["k_pages"].shape[0], case.page_size), bool)
-    table, rows = (np.asarray(a) for a in (arguments["page_table"], arguments["batch"].row))
-    for row, (_, total) in zip(rows, case.lanes, strict=False):
-        token = np.arange(total)
-        readable[table[row, token // case.page_size], token % case.page_size] = True
-    ok = jnp.asarray(readable)[:, None, :, None]
     pools = ("k_pages", "v_pages")
-    return arguments | {name: jnp.where(ok, arguments[name], jnp.nan) for name in pools}
+    return arguments | {name: poisoned(arguments[name], case.lanes, arguments) for name in pools}
+
+
+def poisoned(
+    pages: jax.Array, lanes: tuple[tuple[int, int], ...], arguments: dict[str, Any]
+) -> jax.Array:
+    """Pages [pages, heads, page_size, size] with NaN where nobody may read."""
+    page_size = pages.shape[2]
+    readable = np.zeros((pages.shape[0], page_size), bool)
+    table, rows = (np.asarray(a) for a in (arguments["page_table"], arguments["batch"].row))
+    for row, (_, total) in zip(rows, lanes, strict=False):
+        token = np.arange(total)
+        readable[table[row, token // page_size], token % page_size] = True
+    return jnp.where(jnp.asarray(readable)[:, None, :, None], pages, jnp.nan)

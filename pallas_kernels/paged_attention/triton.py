@@ -8,7 +8,6 @@ queries whose outputs it writes: tiles of queries (prefill chunks), and decode i
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -21,8 +20,10 @@ from pallas_kernels.arithmetic import power_of_two
 from pallas_kernels.lowering import can_lower_triton
 from pallas_kernels.paged_attention.batch import AttentionBatch
 from pallas_kernels.paged_attention.triton_common import (
+    LOG2_E,
     MIN_ROWS,
-    empty_carry,
+    RowVariant,
+    first_carry,
     gather_keys,
     online_softmax,
     padded_width,
@@ -33,11 +34,9 @@ from pallas_kernels.paged_attention.triton_decode import (
     decode,
     tuning_key,
 )
-from pallas_kernels.paged_attention.variant import Variant, refuse
+from pallas_kernels.paged_attention.variant import Variant
 
 __all__ = ["Config", "candidates", "paged_attention", "tuning_key"]
-
-LOG2_E = math.log2(math.e)
 
 
 def paged_attention(
@@ -55,12 +54,12 @@ def paged_attention(
 ) -> jax.Array:
     """See ``api.paged_attention``; ``config`` is the decode kernel's, and ``interpret`` runs the
     kernels on a CPU, slowly."""
-    refuse(variant)
     if not interpret and not can_lower_triton():
         raise NotImplementedError("the Triton kernels need a GPU")
     if q.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise NotImplementedError(f"the Triton kernels have no {q.dtype} version")
-    scale *= LOG2_E  # exponentials are taken to base 2
+    scale *= LOG2_E
+    variant = variant or Variant()
     static = {
         "scale": scale,
         "window": sliding_window,
@@ -68,13 +67,14 @@ def paged_attention(
     }
     cache = (k_pages, v_pages, page_table)
     if batch.tile_lane.shape[0]:
-        q = _tiles(q, cache, batch, static, interpret)
+        q = _tiles(q, cache, batch, variant, static, interpret)
     return decode(
         q,
         *cache,
         batch,
         scale=scale,
         window=sliding_window,
+        variant=variant,
         config=config,
         interpret=interpret,
     )
@@ -104,7 +104,7 @@ def _call(
 # --- tiles of queries: prefill and chunks -------------------------------------------------------
 
 
-def _tiles(q, cache, batch: AttentionBatch, static, interpret: bool) -> jax.Array:
+def _tiles(q, cache, batch: AttentionBatch, variant: Variant, static, interpret: bool) -> jax.Array:
     kv_heads, size = cache[0].shape[1], q.shape[2]
     members = power_of_two(static["group"])
     wide = q.dtype == jnp.float32 or size > 128
@@ -135,12 +135,13 @@ def _tiles(q, cache, batch: AttentionBatch, static, interpret: bool) -> jax.Arra
         batch.row,
         *(cache[2], cache[0], cache[1]),
         q,
+        variant,
     )
 
 
 def _tile_kernel(
     lane_ref, tile_start_ref, query_start_ref, query_len_ref, kv_len_ref, row_ref, table_ref,
-    k_ref, v_ref, q_ref, out_ref,
+    k_ref, v_ref, q_ref, variant_refs, out_ref,
     *, tile, tokens, step_tokens, members, width, scale, window, group,
 ):  # fmt: skip
     item, head = pl.program_id(0), pl.program_id(1)
@@ -157,9 +158,11 @@ def _tile_kernel(
     spread = lambda value: jnp.broadcast_to(value[:, None], (rows, width))  # noqa: E731
     column = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
     token = spread(jnp.where(used, query_start_ref[lane] + query, 0))
-    index = (token, spread(jnp.where(used, head * group + member, 0)), column)
+    heads = jnp.where(used, head * group + member, 0)
+    index = (token, spread(heads), column)
     exists = spread(used) & (column < size)
     q = plt.load(q_ref.at[index], mask=exists, other=0)
+    variant = RowVariant.load(variant_refs, heads, used)
 
     position = kv_len - length + query
     first_position = kv_len - length + offset
@@ -182,13 +185,13 @@ def _tile_kernel(
             seen = seen & (distance < window)
         if not masked:
             seen = jnp.full((rows, tile), True)
-        return online_softmax(carry, q, k, v, seen, scale)
+        return online_softmax(carry, q, k, v, seen, scale, variant, distance)
 
     busy = offset < length
     # Tiles wholly before the first query need no mask, unless a window cuts them.
     whole = jnp.where(busy, lax.div(first_position + 1, tile), 0) if window is None else 0
     every = jnp.where(busy, lax.div(end - start + tile - 1, tile), 0)
-    carry = empty_carry(rows, width)
+    carry = first_carry(rows, width, variant)
     carry = lax.fori_loop(0, whole, functools.partial(step, masked=False), carry)
     values, _, total = lax.fori_loop(whole, every, functools.partial(step, masked=True), carry)
     plt.store(out_ref.at[index], (values / total[:, None]).astype(out_ref.dtype), mask=exists)

@@ -27,11 +27,14 @@ from pallas_kernels.paged_attention.batch import AttentionBatch
 from pallas_kernels.paged_attention.triton_common import (
     MASKED,
     MIN_ROWS,
+    RowVariant,
     empty_carry,
+    first_carry,
     gather_keys,
     online_softmax,
     padded_width,
 )
+from pallas_kernels.paged_attention.variant import Variant
 
 MERGED_AT_ONCE = 4
 """Unfinished results whose loads are in flight together."""
@@ -54,6 +57,7 @@ def decode(
     *,
     scale: float,
     window: int | None,
+    variant: Variant | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -63,6 +67,7 @@ def decode(
         q, k_pages, v_pages, page_table, batch: see ``api.paged_attention``.
         scale: of the scores, times log2(e): exponentials are taken to base 2.
         window: the sliding window.
+        variant: see ``api.paged_attention``, in natural units.
         config: None takes a tuned one.
     """
     config = config or _chosen(q, k_pages, batch)
@@ -104,12 +109,12 @@ def decode(
         input_output_aliases={5: 0},
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
-    )(items, zeros, page_table, k_pages, v_pages, q)
+    )(items, zeros, page_table, k_pages, v_pages, q, variant or Variant())
     return out
 
 
 def _kernel(
-    items_ref, arrivals_ref, table_ref, k_ref, v_ref, q_ref,
+    items_ref, arrivals_ref, table_ref, k_ref, v_ref, q_ref, variant_refs,
     out_ref, values_ref, top_ref, total_ref,
     *, tile, rows, width, scale, window, group, parallel,
 ):  # fmt: skip
@@ -121,6 +126,9 @@ def _kernel(
     exists = (member < group) & (column < size)
     index = (jnp.full((rows, width), token), head * group + member, column)
     q = plt.load(q_ref.at[index], mask=exists, other=0)
+    one = jnp.arange(rows)
+    own = one < group
+    variant = RowVariant.load(variant_refs, jnp.where(own, head * group + one, 0), own)
     first = start if window is None else jnp.maximum(start, kv_len - window)
     tiles = jnp.where(end > first, lax.div(end - first + tile - 1, tile), 0)
 
@@ -133,15 +141,16 @@ def _kernel(
         slot = lax.rem(position, page_size)
         k = gather_keys(k_ref, page, head, slot, seen)
         v = gather_keys(v_ref, page, head, slot, seen)
-        return online_softmax(carry, q, k, v, seen[None, :], scale)
+        distance = (kv_len - 1 - position)[None, :]
+        return online_softmax(carry, q, k, v, seen[None, :], scale, variant, distance)
 
-    values, top, total = lax.fori_loop(0, tiles, step, empty_carry(rows, width))
+    # Of a lane's items, the first one has the sink.
+    carry = first_carry(rows, width, variant, start == 0)
+    values, top, total = lax.fori_loop(0, tiles, step, carry)
 
     @pl.when((count == 1) & (end > start))
     def _():
         plt.store(out_ref.at[index], (values / total[:, None]).astype(out_ref.dtype), mask=exists)
-
-    one = jnp.arange(rows)
 
     def place(item):
         """Where an item's values, and its maxima and sums, are left."""
@@ -158,8 +167,8 @@ def _kernel(
             parts.append(
                 (
                     plt.load(values_ref.at[wide], mask=exists & there, other=0),
-                    plt.load(top_ref.at[narrow], mask=(one < group) & there, other=MASKED),
-                    plt.load(total_ref.at[narrow], mask=(one < group) & there, other=0),
+                    plt.load(top_ref.at[narrow], mask=own & there, other=MASKED),
+                    plt.load(total_ref.at[narrow], mask=own & there, other=0),
                 )
             )
         for part, part_top, part_total in parts:
@@ -173,8 +182,8 @@ def _kernel(
     def _():
         wide, narrow = place(item)
         plt.store(values_ref.at[wide], values, mask=exists)
-        plt.store(top_ref.at[narrow], top, mask=one < group)
-        plt.store(total_ref.at[narrow], total, mask=one < group)
+        plt.store(top_ref.at[narrow], top, mask=own)
+        plt.store(total_ref.at[narrow], total, mask=own)
         if parallel:  # every thread's results are stored before one thread says so
             plt.debug_barrier()
         before = plt.atomic_add(arrivals_ref, (lane, head), jnp.ones((), jnp.int32))

@@ -14,7 +14,8 @@ from pallas_kernels.workload import LLAMA_1B, LLAMA_8B, Cost, LayerShape, normal
 
 @dataclass(frozen=True)
 class Case:
-    """A step's shape; ``padding`` of its tokens go to page 0. Several terms are in float32."""
+    """A step's shape; ``padding`` of its tokens go to page 0. Several terms are in float32.
+    ``rotary_size`` of each head's dimensions rotate; None rotates all of them."""
 
     name: str
     tokens: int = 5
@@ -23,6 +24,7 @@ class Case:
     head_size: int = 64
     page_size: int = 16
     rotates: bool = True
+    rotary_size: int | None = None
     normalizes: bool = False
     dtype: str = "float32"
     padding: int = 2
@@ -36,6 +38,9 @@ CASES = (
     Case("head size 12", head_size=12),
     Case("head size 128, bfloat16", head_size=128, dtype="bfloat16"),
     Case("no rotation", rotates=False),
+    Case("half of a head rotates", rotary_size=32, normalizes=True),
+    Case("3/4 of a head rotate", head_size=128, rotary_size=96, dtype="bfloat16"),
+    Case("2 of 10 rotate, many tokens", 300, head_size=10, rotary_size=2),
     Case("head norms", normalizes=True),
     Case("head norms, bfloat16", normalizes=True, dtype="bfloat16"),
     Case("many tokens", tokens=300),
@@ -57,6 +62,7 @@ def of_layer(layer: LayerShape, name: str, tokens: int, padding: int) -> Case:
         head_size=layer.head_size,
         page_size=layer.page_size,
         rotates=layer.rotates,
+        rotary_size=layer.rotary_size,
         normalizes=layer.normalizes,
         dtype=layer.dtype,
         padding=padding,
@@ -65,6 +71,8 @@ def of_layer(layer: LayerShape, name: str, tokens: int, padding: int) -> Case:
 
 def gate_cases(layer: LayerShape) -> tuple[Case, ...]:
     """Small steps that an implementation must pass before a model with such layers uses it."""
+    if layer.latent_size is not None:
+        return ()
     return (of_layer(layer, "5 tokens", 5, 2), of_layer(layer, "300 tokens", 300, 2))
 
 
@@ -84,7 +92,8 @@ def make(case: Case, seed: int) -> dict[str, Any]:
     pages = -(-real // case.page_size) + 3
     places = case.page_size + rng.permutation((pages - 1) * case.page_size)[:real]
     places = np.concatenate([places, np.zeros(case.padding, int)])
-    angle = rng.uniform(0, 7, (case.tokens, case.head_size // 2)).astype(np.float32)
+    pairs = (case.rotary_size or case.head_size) // 2
+    angle = rng.uniform(0, 7, (case.tokens, pairs)).astype(np.float32)
     qkv = (case.terms, case.tokens, case.kv_heads, case.group + 2, case.head_size)
     pool = (pages, case.kv_heads, case.page_size, case.head_size)
     q_scale, k_scale = (normal(rng, (case.head_size,), case.dtype) for _ in range(2))
@@ -105,7 +114,7 @@ def cost(case: Case) -> Cost:
     rotation takes 3 operations a number, and a norm 4."""
     parts = case.kv_heads * (case.group + 2)
     values = case.tokens * parts * case.head_size
-    angles = case.tokens * case.head_size * 4 if case.rotates else 0
+    angles = case.tokens * (case.rotary_size or case.head_size) * 4 if case.rotates else 0
     work = 3 * case.rotates + 4 * case.normalizes
     size = jnp.dtype(case.dtype).itemsize
     read = case.terms * values * (size if case.terms == 1 else 4)

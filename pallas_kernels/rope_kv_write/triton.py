@@ -1,7 +1,7 @@
 """The op for NVIDIA GPUs, in Pallas with the Triton backend: one kernel instead of XLA's five.
 
-A program handles a few tokens of one KV head. It holds each head in two halves, the two that rotate
-together; a head without rotation is halved all the same.
+A program handles a few tokens of one KV head. It holds each head in two halves, so that what
+rotates together stands in the same place of both; dimensions that don't rotate fill their rest.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def rope_kv_write(
     if not interpret and not can_lower_triton():
         raise NotImplementedError("the Triton kernel needs a GPU")
     _, tokens, kv_heads, parts, size = qkv.shape
-    if size % 2 or (cos_sin is not None and 2 * cos_sin[0].shape[1] != size):
-        raise NotImplementedError("the Triton kernel rotates whole heads of even size only")
+    if size % 2:
+        raise NotImplementedError("the Triton kernel is for heads of even size only")
     members = power_of_two(parts)
     # Few tokens are spread over many programs; many tokens share one.
     block = 1 if tokens <= 256 else max(1, ROWS // members)
@@ -52,7 +52,7 @@ def rope_kv_write(
         block=block,
         members=members,
         width=power_of_two(size // 2),
-        rotates=cos_sin is not None,
+        pairs=0 if cos_sin is None else cos_sin[0].shape[1],
         eps=None if norm is None else norm.eps,
         dtype=dtype,
     )
@@ -75,10 +75,10 @@ def rope_kv_write(
 
 def _kernel(
     qkv_ref, page_ref, slot_ref, *others,
-    tokens, block, members, width, rotates, eps, dtype,
+    tokens, block, members, width, pairs, eps, dtype,
 ):  # fmt: skip
     refs: list[Any] = list(others)
-    cos_sin_refs = [refs.pop(0) for _ in range(2 if rotates else 0)]
+    cos_sin_refs = [refs.pop(0) for _ in range(2 if pairs else 0)]
     scale_refs = [refs.pop(0) for _ in range(0 if eps is None else 2)]
     _, _, q_ref, k_ref, v_ref = refs
     terms, _, _, parts, size = qkv_ref.shape
@@ -94,6 +94,11 @@ def _kernel(
 
     column = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
     exists = spread(real) & (column < half)
+    turns = column < pairs
+    left, right = column, column + half  # the dimensions that the two halves hold
+    if 0 < pairs < half:
+        left = jnp.where(turns, column, column + pairs)
+        right = jnp.where(turns, column + pairs, column + half)
     heads = jnp.full((rows, width), head)
     index = spread(token), heads, spread(member)
 
@@ -104,35 +109,37 @@ def _kernel(
             total += plt.load(qkv_ref.at[place], mask=exists, other=0).astype(jnp.float32)
         return total.astype(dtype)
 
-    first, second = load(column), load(column + half)
+    first, second = load(left), load(right)
     is_value = spread(member == parts - 1)
     a, b = first.astype(jnp.float32), second.astype(jnp.float32)
     if eps is not None:
         mean = (jnp.sum(a * a, 1) + jnp.sum(b * b, 1)) / size
         factor = lax.rsqrt(mean + eps)[:, None]
         is_key = spread(member >= group)
-        a = _scaled(a * factor, scale_refs, column, exists, is_key, dtype)
-        b = _scaled(b * factor, scale_refs, column + half, exists, is_key, dtype)
-    if rotates:
+        a = _scaled(a * factor, scale_refs, left, exists, is_key, dtype)
+        b = _scaled(b * factor, scale_refs, right, exists, is_key, dtype)
+    if pairs:
         cos, sin = (
-            plt.load(ref.at[spread(token), column], mask=exists, other=0) for ref in cos_sin_refs
+            plt.load(ref.at[spread(token), column], mask=exists & turns, other=0)
+            for ref in cos_sin_refs
         )
-        a, b = a * cos - b * sin, b * cos + a * sin
+        turned = a * cos - b * sin, b * cos + a * sin
+        a, b = turned if pairs == half else (jnp.where(turns, *x) for x in zip(turned, (a, b)))
     a = jnp.where(is_value, first, a.astype(dtype))
     b = jnp.where(is_value, second, b.astype(dtype))
 
     is_query = exists & spread(member < group)
     query = spread(token), spread(head * group + member)
-    plt.store(q_ref.at[*query, column], a, mask=is_query)
-    plt.store(q_ref.at[*query, column + half], b, mask=is_query)
+    plt.store(q_ref.at[*query, left], a, mask=is_query)
+    plt.store(q_ref.at[*query, right], b, mask=is_query)
     page = plt.load(page_ref.at[token], mask=real, other=0)
     slot = plt.load(slot_ref.at[token], mask=real, other=0)
     for ref, which in ((k_ref, group), (v_ref, group + 1)):
         mask = exists & spread(member == which)
         # Masked rows point to the padding page: the interpreter lets them write, old values.
         place = spread(jnp.where(member == which, page, 0)), heads, spread(slot)
-        plt.store(ref.at[*place, column], a.astype(ref.dtype), mask=mask)
-        plt.store(ref.at[*place, column + half], b.astype(ref.dtype), mask=mask)
+        plt.store(ref.at[*place, left], a.astype(ref.dtype), mask=mask)
+        plt.store(ref.at[*place, right], b.astype(ref.dtype), mask=mask)
 
 
 def _scaled(x, scale_refs, column, exists, is_key, dtype):

@@ -1,4 +1,4 @@
-"""Every family computes transformers' logits from transformers' files."""
+"""What families share: config.json's values and their errors, positions, old spellings."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from converters import families, open_checkpoint
-from converters.families import llama, mistral, opt, qwen2, qwen3
+from converters.families import bloom, falcon, gpt2, llama, mistral, opt, qwen2, qwen3, stablelm
 from jaxserve.errors import CheckpointError, UnsupportedModelError
 from jaxserve.model.config import ModelConfig
-from tests.helpers.checkpoints import CASES, make_checkpoint, prompt, reference_logits
+from tests.helpers.checkpoints import SCALED, make_checkpoint, prompt, reference_logits
 from tests.helpers.dense import dense_logits
 from tests.helpers.loading import load
 
@@ -41,13 +41,24 @@ OPT = {
     "max_position_embeddings": 128,
 }
 
+FALCON = {
+    "alibi": False,
+    "bias": True,
+    "new_decoder_architecture": True,
+    "num_kv_heads": 2,
+    "num_ln_in_parallel_attn": 1,
+    "parallel_attn": True,
+    "ffn_hidden_size": 96,
+    "layer_norm_epsilon": 1e-5,
+}
+
 
 def rope_config(rope: dict, **others) -> ModelConfig:
     return llama.config({**LLAMA, "rope_scaling": rope, **others})
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_logits(tmp_path, case):
+@pytest.mark.parametrize("case", SCALED)
+def test_logits_with_scaled_positions(tmp_path, case):
     path = make_checkpoint(tmp_path, case)
     expected = reference_logits(path, prompt(case))
     checkpoint = open_checkpoint(path)
@@ -55,7 +66,7 @@ def test_logits(tmp_path, case):
     assert np.abs(logits - expected).max() <= TOLERANCE * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", SCALED)
 def test_config_json_round_trip(tmp_path, case):
     config = open_checkpoint(make_checkpoint(tmp_path, case)).config
     assert ModelConfig.from_json(config.to_json()) == config
@@ -84,7 +95,8 @@ def test_absurd_sizes_are_named(key, value):
         ({"torch_dtype": "int8"}, "torch_dtype='int8' is not supported"),
         ({"quantization_config": {"quant_method": "awq"}}, "quantization_config is set, but"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor other than 1"),
-        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: type='longrope' is not supported"),
+        ({"rope_scaling": {"type": "lengthy"}}, "rope_scaling: type='lengthy' is not supported"),
+        ({"rope_scaling": {"type": "longrope"}}, "rope_scaling: short_factor is missing"),
         ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected a JSON object"),
         ({"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is missing"),
         ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0; expected"),
@@ -103,15 +115,25 @@ def test_config_errors_name_the_key(changes, message):
 NASTY = [-1, 0, 1, 2**31, 1e30, float("nan"), float("inf"), "x", True, None, [], {}, [[]], {"a": 1}]
 
 
-@pytest.mark.parametrize("family", [llama, mistral, qwen2, qwen3, opt])
+@pytest.mark.parametrize(
+    "family", [llama, mistral, qwen2, qwen3, opt, gpt2, bloom, falcon, stablelm]
+)
 def test_nasty_values_never_crash(family):
     rope = {"rope_type": "yarn", "factor": 2.0, "beta_fast": 32, "mscale": 1.0, "truncate": True}
-    sound = {**LLAMA, **OPT, "rope_parameters": rope, "layer_types": None, "sliding_window": 4}
+    sound = {
+        **LLAMA,
+        **OPT,
+        **FALCON,
+        "rope_parameters": rope,
+        "layer_types": None,
+        "sliding_window": 4,
+    }
     sound |= {"use_sliding_window": True, "head_dim": 16, "eos_token_id": 2, "enable_bias": True}
     family.config(sound)
     changed = [{**sound, key: value} for key in sound for value in NASTY]
-    for kind in ("linear", "dynamic", "yarn", "llama3"):
-        for key in (*rope, "rope_theta", "original_max_position_embeddings", "attention_factor"):
+    names = ("rope_theta", "original_max_position_embeddings", "attention_factor")
+    for kind in ("linear", "dynamic", "yarn", "llama3", "longrope"):
+        for key in (*rope, *names, "short_factor"):
             for value in NASTY:
                 changed.append({**sound, "rope_parameters": {**rope, "type": kind, key: value}})
     for hf in changed:
@@ -126,23 +148,30 @@ def test_remote_code_keys_are_ignored():
 
 
 @pytest.mark.parametrize(
-    ("changes", "nearest"),
+    ("kind", "architecture", "nearest"),
     [
-        ({"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}, "'qwen3'"),
-        ({"model_type": "misstral", "architectures": None}, "'mistral'"),
-        ({"model_type": "../llama", "architectures": None}, "'llama'"),
-        ({"architectures": ["LlamaForSequenceClassification"]}, "'LlamaForCausalLM'"),
+        ("llama4", "Llama4ForCausalLM", "LlamaForCausalLM"),
+        ("custom", "MisstralForCausalLM", "MistralForCausalLM"),  # the architecture tells
+        ("misstral", "MyModel", "MistralForCausalLM"),  # the model_type tells
+        ("../llama", None, "LlamaForCausalLM"),
+        ("llama", "LlamaForSequenceClassification", "LlamaForCausalLM"),
+        ("gpt2", "GPT2Model", "GPT2LMHeadModel"),
     ],
 )
-def test_unknown_architecture(changes, nearest):
+def test_an_unknown_architecture_is_told_the_nearest_one_and_the_recipe(
+    kind, architecture, nearest
+):
+    architectures = None if architecture is None else [architecture]
     with pytest.raises(UnsupportedModelError) as caught:
-        families.find({**LLAMA, **changes})
-    assert f"nearest supported name is {nearest}" in str(caught.value)
-    assert "add one file to converters/families/" in str(caught.value)
+        families.find({"model_type": kind, "architectures": architectures})
+    message = str(caught.value)
+    assert message.startswith(f"The architecture {architecture or kind!r} is not supported;")
+    assert f"the nearest supported one is {nearest!r} (model_type" in message
+    assert "notebooks/03_add_a_model_family.ipynb shows how to add a family." in message
 
 
 def test_missing_model_type():
-    with pytest.raises(CheckpointError, match="model_type is missing; expected one of llama"):
+    with pytest.raises(CheckpointError, match=r"model_type is missing; expected one of .*, llama,"):
         families.find({})
 
 
@@ -154,6 +183,7 @@ def test_missing_model_type():
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}, 128),
         ({"rope_type": "yarn", "factor": 4.0}, 512),
         ({"rope_type": "default"}, 128),
+        ({"rope_type": "longrope", "short_factor": [1] * 8, "long_factor": [2] * 8}, 128),
         ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1, "high_freq_factor": 4}, 128),
     ],
 )

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converters import rules
-from converters.lazy import FromArray, Index, Lazy, concatenate, stack
+from converters.lazy import FromArray, Index, Lazy, concatenate, mapped, stack
 from jaxserve.model.params import Param
 
 
@@ -122,11 +123,54 @@ def test_a_shard_of_a_fused_weight_reads_only_its_rows(kv_heads):
         np.testing.assert_array_equal(shard[i, -1], v[head // times])
 
 
+@pytest.mark.parametrize("hidden", [(), (5,)])
+def test_queries_keys_and_values_may_be_one_tensor(hidden):
+    kv_heads, group, size = 2, 3, 4
+    param = Param((kv_heads, group + 2, size, *hidden), (None,) * (3 + len(hidden)))
+    wanted = np.random.default_rng(0).standard_normal(param.shape)
+
+    def source(array: np.ndarray) -> tuple[rules.Source]:
+        return (rules.Source("qkv", FromArray(array.reshape(-1, *hidden))),)
+
+    by_group = rules.split_groups(source(wanted), param)
+    q, k, v = wanted[:, :group], wanted[:, group], wanted[:, group + 1]
+    in_turn = np.concatenate([part.reshape(-1, *hidden) for part in (q, k, v)])
+    by_part = rules.split_qkv(source(in_turn), param)
+    for fused in (by_group, by_part):
+        np.testing.assert_array_equal(fused.read(), wanted)
+
+
+def test_norms_of_heads_are_repeated_like_the_heads():
+    """Scales of 4 queries and a key per KV head, of 1 KV head that becomes 2."""
+    declared, target = (Param(shape, ("kv_heads", None, None)) for shape in ((1, 5, 3), (2, 3, 3)))
+    scales = np.arange(15.0).reshape(1, 5, 3)
+    repeated = rules.repeat_kv_heads(FromArray(scales), declared, target).read()
+    np.testing.assert_array_equal(repeated, scales[0][np.array([[0, 1, 4], [2, 3, 4]])])
+
+
 def test_an_output_projection_reads_only_its_columns():
     source = Counting(np.arange(24.0).reshape(2, 12))
     shard = source.reshape(2, 4, 3).read((slice(None), slice(1, 2), slice(None)))
     np.testing.assert_array_equal(shard, source.array.reshape(2, 4, 3)[:, 1:2])
     assert source.count == 6
+
+
+def test_a_changed_array_reads_only_what_is_asked_for():
+    source = Counting(np.arange(24.0).reshape(2, 12))
+    doubled = mapped(source, lambda values: values * 2, np.dtype(np.float32))
+    assert (doubled.shape, doubled.dtype) == ((2, 12), np.float32)
+    read = doubled.read((slice(1, 2), slice(3, 6)))
+    assert read.dtype == np.float32
+    np.testing.assert_array_equal(read, [[30, 32, 34]])
+    assert source.count == 3
+
+
+def test_one_is_added_in_float32():
+    weight = np.array([0.0019, -0.0019], ml_dtypes.bfloat16)  # one plus it has no bfloat16
+    source = rules.Source("norm", FromArray(weight))
+    scale = rules.one_plus((source,), Param((2,), (None,))).read()
+    assert scale.dtype == np.float32
+    np.testing.assert_array_equal(scale, 1 + weight.astype(np.float64))
 
 
 def test_mistakes_are_refused():

@@ -97,6 +97,12 @@ CASES: dict[str, Case] = {
     "opt-old": Case("opt", {"_remove_final_layer_norm": True, "enable_bias": False}),
     "opt-untied": Case("opt", {"tie_word_embeddings": False, "activation_function": "gelu"}),
 }
+SCALED = [
+    name
+    for name, case in CASES.items()
+    if "rope_parameters" in case.settings and case.rewrite is None
+]
+"""Names of those with scaled positions, under the keys of today."""
 
 
 def _config(case: Case) -> Any:

@@ -39,15 +39,16 @@ def prompt_inputs(config: ModelConfig, token_ids: list[int]) -> StepInputs:
         tile_tokens=sizes.tile_tokens,
         **{name: jnp.asarray(array) for name, array in plan(length, length, sizes).items()},
     )
-    pages = -(-tokens // PAGE_SIZE)
+    pages, tables = -(-tokens // PAGE_SIZE), len(config.page_groups.windows)
+    first = 1 + pages * np.arange(tables, dtype=np.int32)  # each table's pages lie in a row
     return StepInputs(
         token_ids=jnp.asarray(token_ids, jnp.int32),
         positions=jnp.asarray(position),
         rope_lengths=jnp.full(tokens, tokens, jnp.int32),
-        write_page=jnp.asarray(1 + position // PAGE_SIZE),
+        write_page=jnp.asarray(first[:, None] + position // PAGE_SIZE),
         write_slot=jnp.asarray(position % PAGE_SIZE),
         sample_index=jnp.asarray(position),
-        page_table=1 + jnp.arange(pages, dtype=jnp.int32)[None],
+        page_table=jnp.asarray(first[:, None, None] + np.arange(pages, dtype=np.int32)),
         attention=batch,
     )
 
@@ -57,6 +58,6 @@ def dense_logits(config: ModelConfig, params: Params, token_ids: list[int]) -> n
     mesh = Mesh(np.array(jax.devices()[:1]), ("tensor",))
     dtype = params["embed/tokens"].dtype
     inputs = prompt_inputs(config, token_ids)
-    cache = zero_cache(config, inputs.page_table.shape[1] + 1, PAGE_SIZE, dtype, mesh)
+    cache = zero_cache(config, inputs.page_table.size + 1, PAGE_SIZE, dtype, mesh)
     logits, _ = decoder.forward(config, params, cache, inputs)
     return np.asarray(logits)

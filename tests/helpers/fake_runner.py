@@ -22,6 +22,8 @@ from jaxserve.engine.request import PromptRead, Request, RequestUpdate
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.stats import Stats
 
+COLUMNS = 1024
+"""Of the page tables: more than a request can have."""
 UNWRITTEN = -7
 """What a slot or a row holds before anything was written to it."""
 
@@ -49,6 +51,7 @@ def naive(
     seed: int | None = None,
     stop_token_ids: Collection[int] = (),
     min_tokens: int = 0,
+    windows: Sequence[int | None] = (None,),
 ) -> list[int]:
     """The output of a request that is alone in the world; seed None means greedy."""
     output: list[int] = []
@@ -56,7 +59,8 @@ def naive(
     for token in prompt:
         keys.append(key_of(token, keys))
     while len(output) < max_tokens:
-        output.append(next_token(keys, vocab_size, seed, len(output)))
+        seen = [key for window in windows for key in (keys[-window:] if window else keys)]
+        output.append(next_token(seen, vocab_size, seed, len(output)))
         keys.append(key_of(output[-1], keys))
         if output[-1] in stop_token_ids and len(output) >= min_tokens:
             break
@@ -111,6 +115,8 @@ class FakeRunner:
         num_pages, page_size, max_rows, vocab_size: of the pretended device and model.
         max_step_tokens: most tokens in a step, if that is to be checked.
         fail_rows: ids of requests whose logits are bad.
+        long_rope_len: see Scheduler.
+        windows: of the pretended model's page tables.
     """
 
     def __init__(
@@ -121,12 +127,16 @@ class FakeRunner:
         vocab_size: int,
         max_step_tokens: int | None = None,
         fail_rows: Collection[str] = (),
+        long_rope_len: int | None = None,
+        windows: Sequence[int | None] = (None,),
     ) -> None:
+        self.windows = tuple(windows)
         self.page_size = page_size
         self.max_rows = max_rows
         self.vocab_size = vocab_size
         self.max_step_tokens = max_step_tokens
         self.fail_rows = set(fail_rows)
+        self.long_rope_len = long_rope_len
         self.closed = False
         self.num_sampled = 0
         self._num_pages = num_pages
@@ -136,7 +146,8 @@ class FakeRunner:
     def allocate(self) -> None:
         """Empties the device, and forgets the steps that were dispatched and not collected."""
         # The device's memory: only _execute touches it.
-        self._page_table = [[PADDING_PAGE] * self._num_pages for _ in range(self.max_rows)]
+        count = len(self.windows) * self.max_rows
+        self._page_table = [[PADDING_PAGE] * COLUMNS for _ in range(count)]
         self._pool = [[UNWRITTEN] * self.page_size for _ in range(self._num_pages)]
         self._last_token = [UNWRITTEN] * self.max_rows
         # The stream: dispatched steps that were not computed yet.
@@ -144,9 +155,10 @@ class FakeRunner:
         self._num_collected = self._num_dispatched
         # What the checks remember of each row and page.
         self._holder: dict[int, tuple[Request, int]] = {}
-        self._pages: dict[int, list[int]] = {}
+        self._pages: dict[tuple[int, int], list[int]] = {}
         self._end: dict[int, int] = {}
         self._writer = [0] * self._num_pages
+        self._is_long = [False] * self._num_pages
 
     def dispatch(self, decision: Decision) -> Step:
         """Takes note of the step, and computes the ones before it."""
@@ -183,24 +195,32 @@ class FakeRunner:
     def _execute(self, step: Step) -> None:
         for lane in step.lanes:
             if lane.new_row:
-                self._page_table[lane.row] = [PADDING_PAGE] * len(self._pool)
+                for row in self._rows(lane.row):
+                    self._page_table[row] = [PADDING_PAGE] * COLUMNS
         for row, column, page in step.cells:
             self._page_table[row][column] = page
         for lane in step.lanes:
             for position, token in enumerate(lane.token_ids, lane.start):
                 known = self._last_token[lane.row] if token == -1 else token
-                page, slot = self._place(lane.row, position)
-                before = self._read(lane.row, max(position - 1, 0), position)
-                self._pool[page][slot] = key_of(known, before)
+                for row in self._rows(lane.row):
+                    page, slot = self._place(row, position)
+                    before = self._read(row, max(position - 1, 0), position)
+                    self._pool[page][slot] = key_of(known, before)
         # What stands for a lane that samples nothing must not matter: it isn't a token here.
         step.token_ids = [self._sample(lane) if lane.samples else UNWRITTEN for lane in step.lanes]
 
     def _sample(self, lane: Lane) -> int:
-        keys = self._read(lane.row, 0, lane.end)
+        keys = []
+        for row, window in zip(self._rows(lane.row), self.windows):
+            keys += self._read(row, max(lane.end - (window or lane.end), 0), lane.end)
         token = next_token(keys, self.vocab_size, lane.seed, lane.output_index)
         self._last_token[lane.row] = token
         self.num_sampled += 1
         return -1 if lane.fails else token
+
+    def _rows(self, row: int) -> range:
+        """A row of every table, as the page tables lie one below the other."""
+        return range(row, len(self.windows) * self.max_rows, self.max_rows)
 
     def _read(self, row: int, start: int, end: int) -> list[int]:
         places = [self._place(row, position) for position in range(start, end)]
@@ -242,13 +262,17 @@ class FakeRunner:
             self._check_row(request, int(decision.num_preemptions[at]), lane)
             assert decision.num_prompt_tokens[at] == request.num_prompt_tokens
         for row, column, page in decision.table_updates.tolist():
+            table, row = divmod(row, self.max_rows)
             assert any(row == lane.row for lane in lanes), "a page for a row without tokens"
-            assert column == len(self._pages[row]), "columns are skipped or written again"
-            self._pages[row].append(page)
+            assert column == len(self._pages[table, row]), "columns are skipped or written again"
+            self._pages[table, row].append(page)
         live = [request for row, (request, _) in self._holder.items() if request.row == row]
-        owners = Counter(page for request in live for page in request.pages)
+        owners = Counter(page for request in live for table in request.pages for page in table)
         for request, lane in zip(decision.requests, lanes):
             self._check_pages(request, lane, owners)
+        if self.long_rope_len is not None:
+            for lane, length in zip(lanes, decision.rope_length.tolist()):
+                self._check_rotation(lane, length, self.long_rope_len)
 
     def _check_row(self, request: Request, num_preemptions: int, lane: Lane) -> None:
         """A row belongs to one request from its new_row on, and its positions have no gap."""
@@ -258,7 +282,8 @@ class FakeRunner:
             previous = self._holder.get(row, (None, 0))[0]
             assert previous is None or previous is request or previous.row != row, "row is taken"
             self._holder[row] = request, num_preemptions
-            self._pages[row] = []
+            for table in range(len(self.windows)):
+                self._pages[table, row] = []
             assert lane.start % self.page_size == 0, "a hit on part of a page"
         else:
             assert self._holder[row] == (request, num_preemptions), "row has another request"
@@ -272,17 +297,33 @@ class FakeRunner:
 
     def _check_pages(self, request: Request, lane: Lane, owners: Counter[int]) -> None:
         """Tokens go to pages with one owner; what was computed before lies in finished pages."""
-        pages = self._pages[lane.row]
-        assert pages == request.pages, "the row's page table is not the request's"
-        assert PADDING_PAGE not in pages
-        first, end = lane.start, lane.end
-        assert end <= len(pages) * self.page_size, "tokens without a page"
-        for page in pages[first // self.page_size : (end - 1) // self.page_size + 1]:
-            assert owners[page] == 1, f"page {page} is written but has {owners[page]} owners"
-            self._writer[page] = self._num_dispatched
-        if lane.new_row:
-            for page in pages[: first // self.page_size]:
+        first, end = lane.start // self.page_size, (lane.end - 1) // self.page_size + 1
+        for table, window in enumerate(self.windows):
+            pages, own = self._pages[table, lane.row], request.pages[table]
+            assert len(pages) == len(own), "the row's page table is not the request's"
+            seen = 0 if window is None else max(lane.start - window + 1, 0) // self.page_size
+            for column, page in enumerate(own):
+                assert page in (pages[column], PADDING_PAGE), "the table is not the request's"
+                assert page != PADDING_PAGE or column < seen, "a page is gone that is seen"
+            assert end <= len(own), "tokens without a page"
+            for page in own[first:end]:
+                assert owners[page] == 1, f"page {page} is written but has {owners[page]} owners"
+                self._writer[page] = self._num_dispatched
+            for page in own[seen:first] if lane.new_row else ():
                 assert 0 < self._writer[page] <= self._num_collected, "a hit before it is written"
+
+    def _check_rotation(self, lane: Lane, length: int, limit: int) -> None:
+        """A lane reads keys that were rotated as its own are, short ones up to the limit only."""
+        is_long = length > limit
+        assert is_long or lane.end <= limit, "a short request beyond the limit"
+        size = self.page_size
+        for table, window in enumerate(self.windows):
+            pages = self._pages[table, lane.row]
+            seen = 0 if window is None else max(lane.start - window + 1, 0) // size
+            for page in pages[seen : -(-lane.start // size)]:
+                assert self._is_long[page] == is_long, "keys of both kinds"
+            for page in pages[lane.start // size : -(-lane.end // size)]:
+                self._is_long[page] = is_long
 
 
 def fake_engine(
@@ -300,15 +341,28 @@ def fake_engine(
     seed: int = 0,
     run_ahead: int = 1,
     max_failures: int = 1,
+    long_rope_len: int | None = None,
+    windows: Sequence[int | None] = (None,),
 ) -> tuple[Engine, FakeRunner]:
     """An engine on a fake runner; by default a sequence may fill the whole pool, and what the
     runner objects to is raised at once."""
     allocator = PageAllocator(num_pages, page_size, enable_prefix_caching)
-    runner = FakeRunner(num_pages, page_size, max_rows, vocab_size, max_step_tokens, fail_rows)
+    sizes = num_pages, page_size, max_rows, vocab_size, max_step_tokens
+    runner = FakeRunner(*sizes, fail_rows, long_rope_len, windows)
+    scheduler = Scheduler(
+        allocator,
+        max_rows,
+        max_step_tokens,
+        Stats(),
+        step_sizes,
+        windows=windows,
+        run_ahead=run_ahead,
+        long_rope_len=long_rope_len,
+    )
     engine = Engine(
-        Scheduler(allocator, max_rows, max_step_tokens, Stats(), step_sizes),
+        scheduler,
         runner,
-        max_model_len=max_model_len or allocator.num_usable * page_size,
+        max_model_len=max_model_len or allocator.num_usable // len(windows) * page_size,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,
         seed=seed,

@@ -30,6 +30,7 @@ from tests.helpers.checkpoints import save_bin
 from tests.helpers.dense import PAGE_SIZE, dense_logits, prompt_inputs
 from tests.helpers.engines import greedy_params, small_llm, tokens_of
 from tests.helpers.loading import load
+from tests.helpers.models_doc import EQUALS, LOADS, PARALLEL, SIZE
 
 TOLERANCE = 1e-4
 """Of logits in float32, of the largest of them."""
@@ -61,7 +62,7 @@ class Oracle(Protocol):
 
 @dataclass(frozen=True)
 class HuggingFace:
-    """transformers, in float32 and with its plain ("eager") attention.
+    """transformers, in float32, with its plain ("eager") experts.
 
     Attributes:
         config_class: name of the configuration class in transformers.
@@ -70,12 +71,15 @@ class HuggingFace:
             config.json and the tensors, and returns both.
         published: from the shapes that transformers' modules have to those of the published files,
             where the names or the fusing differ.
+        attention: the implementation of attention, "eager" or "sdpa".
     """
 
     config_class: str
     small: Mapping[str, Any] = field(default_factory=dict)
     rewrite: Callable[[dict[str, Any], Any], tuple[dict[str, Any], Any]] | None = None
     published: Callable[[Shapes], Shapes] | None = None
+    attention: str = "eager"
+    name: ClassVar[str] = "transformers"
 
     def config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """See ``Oracle``."""
@@ -94,7 +98,7 @@ class HuggingFace:
         kind = getattr(transformers, self.config_class)
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(
-                kind.from_dict(dict(config)), attn_implementation="eager"
+                kind.from_dict(dict(config)), attn_implementation=self.attention
             )
 
     def shapes(self, config: Mapping[str, Any]) -> Shapes:
@@ -117,11 +121,13 @@ class HuggingFace:
         _quiet()
         kind = getattr(transformers, self.config_class)
         model = transformers.AutoModelForCausalLM.from_config(
-            kind.from_dict(dict(config)), attn_implementation="eager"
+            kind.from_dict(dict(config)), attn_implementation=self.attention
         ).eval()
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
-            for weight in model.parameters():
+            kept = {id(weight) for weight in model.state_dict(keep_vars=True).values()}
+            buffers = [buffer for buffer in model.buffers() if id(buffer) in kept]
+            for weight in [*model.parameters(), *buffers]:
                 noise = torch.randn(weight.shape, generator=generator)
                 value = 1 + 0.2 * noise if weight.ndim == 1 else 0.15 * noise
                 weight.copy_(value.to(getattr(torch, dtype)))
@@ -168,7 +174,10 @@ class HuggingFace:
         _quiet()
         where = directory / ORIGINAL if (directory / ORIGINAL).exists() else directory
         return transformers.AutoModelForCausalLM.from_pretrained(
-            where, dtype=torch.float32, attn_implementation="eager"
+            where,
+            dtype=torch.float32,
+            attn_implementation=self.attention,
+            experts_implementation="eager",
         ).eval()
 
 
@@ -185,6 +194,8 @@ class Arithmetic:
     small: Mapping[str, Any]
     tensors: Callable[[Mapping[str, Any]], Shapes]
     forward: Callable[[Mapping[str, Any], Tensors, Sequence[int], int], np.ndarray]
+
+    name: ClassVar[str] = "arithmetic"
 
     def config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """See ``Oracle``."""
@@ -231,6 +242,8 @@ class Arithmetic:
 Save = Callable[[dict[str, Any], Tensors], None]
 ORIGINAL = "as-transformers-wrote-it"
 """Folder in a rewritten checkpoint's, which transformers reads instead."""
+CODES = ("_blocks", "_scales")
+"""How the names of tensors end that hold no numbers but codes of them, in uint8."""
 
 
 @dataclass(frozen=True)
@@ -289,8 +302,8 @@ class FamilyTests:
     def test_logits_equal_the_oracles(self, case: str, tmp_path: Path, family: Any) -> None:
         directory = self.make(tmp_path, case)
         self._check_logits(directory, self.cases[case].prompt_len)
-        family(self._architecture(directory), "loads")
-        family(self._architecture(directory), "equals its oracle")
+        family(self._architecture(directory), LOADS)
+        family(self._architecture(directory), EQUALS, self.oracle.name)
 
     def test_16_bit_files_in_any_format_are_read(self, tmp_path: Path, format_: str) -> None:
         """The oracle computes in float32 with the same rounded weights, as we do here."""
@@ -330,31 +343,30 @@ class FamilyTests:
             assert stats.cached_tokens > 0, "this case must hit the prefix cache"
         assert got == want
         assert again == want[-2:]
-        family(self._architecture(directory), "equals its oracle")
+        family(self._architecture(directory), EQUALS, self.oracle.name)
 
     def test_tokens_do_not_depend_on_the_devices(
         self, parallel_case: str, tmp_path: Path, family: Any
     ) -> None:
         directory = self.make(tmp_path, parallel_case)
         prompts = [self.prompt(length, seed) for seed, length in enumerate((3, 20, 41))]
-        results = []
-        for size in (1, 2, 4):
+        want = self.oracle.greedy(directory, prompts, 16)
+        for size in (2, 4):
             with small_llm(
                 directory, False, tensor_parallel_size=size, max_model_len=128, dtype="float32"
             ) as llm:
-                results.append(tokens_of(llm, prompts, greedy_params(16)))
-        assert results[1] == results[0]
-        assert results[2] == results[0]
-        family(self._architecture(directory), "tensor parallel")
+                assert tokens_of(llm, prompts, greedy_params(16)) == want
+        family(self._architecture(directory), PARALLEL)
 
     def test_the_published_size_loads_and_runs_as_shapes(self, full_size: str, family: Any) -> None:
         """Shapes of load, prefill and decode, with the sharding of several device counts."""
         model = self.full_sizes[full_size]
         hf = self.oracle.config(model.settings)
         config = families.find(hf).config(hf)
+        assert ModelConfig.from_json(config.to_json()) == config
         tree = decoder.declare(config)
         assert sum(param.size for param in tree.values()) == model.parameters
-        tensors = {name: _zeros(shape) for name, shape in self.oracle.shapes(hf).items()}
+        tensors = {name: _zeros(name, shape) for name, shape in self.oracle.shapes(hf).items()}
         plan = rules.plan(families.layout_of(families.find(hf), config), tensors, config, tree)
         assert {path: array.shape for path, array in plan.items()} == {
             path: param.shape for path, param in tree.items()
@@ -364,7 +376,7 @@ class FamilyTests:
         for size in model.refused:
             with pytest.raises(ConfigError, match=f"tensor_parallel_size={size}"):
                 decoder.for_tensor_parallel(config, size)
-        family(config.architecture, "tested size", full_size)
+        family(config.architecture, SIZE, full_size)
 
     # --- Tools for the tests of subclasses --------------------------------------------------------
 
@@ -400,7 +412,10 @@ def write_checkpoint(
     def save(written: dict[str, Any], tensors: Tensors) -> None:
         for old in directory.glob("*.safetensors*"):
             old.unlink()
-        tensors = {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
+        tensors = {
+            name: tensor if name.endswith(CODES) else tensor.astype(jnp.dtype(dtype))
+            for name, tensor in tensors.items()
+        }
         (directory / "config.json").write_text(json.dumps(written | {"dtype": dtype}, indent=2))
         _save_sharded(directory, tensors)
 
@@ -442,9 +457,10 @@ def _check_close(got: np.ndarray, want: np.ndarray) -> None:
     assert error <= TOLERANCE, f"logits differ by {error:.2e} of the largest"
 
 
-def _zeros(shape: tuple[int, ...]) -> Lazy:
+def _zeros(name: str, shape: tuple[int, ...]) -> Lazy:
     """A tensor of any size without memory."""
-    return FromArray(np.broadcast_to(np.zeros((), jnp.bfloat16), shape))
+    dtype = np.uint8 if name.endswith(CODES) else jnp.bfloat16
+    return FromArray(np.broadcast_to(np.zeros((), dtype), shape))
 
 
 def _as_torch(tensors: Tensors) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.latent_attention import reference as latent
 from pallas_kernels.paged_attention import reference
 
 traces: list[tuple[str, int]] = []
@@ -59,6 +60,11 @@ def attention_for_decoding(
 def attention_with_wrong_scale(*arguments: Any, scale: float, **options: Any) -> jax.Array:
     """Scores a tenth too large."""
     return reference.paged_attention(*arguments, scale=1.1 * scale, **options)
+
+
+def latent_attention_with_wrong_scale(*arguments: Any, scale: float, **options: Any) -> jax.Array:
+    """Scores a tenth too large."""
+    return latent.latent_attention(*arguments, scale=1.1 * scale, **options)
 
 
 def attention_that_reads_padding(

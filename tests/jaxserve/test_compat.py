@@ -7,6 +7,7 @@ import logging
 
 import pytest
 
+from jaxserve import LLM
 from jaxserve.compat import FIXED, NO_OPS, engine_config
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
@@ -26,6 +27,20 @@ def test_arguments_without_effect_are_logged_with_the_reason(
     with caplog.at_level(logging.INFO, "jaxserve"):
         assert engine_config(None, {name: 7}) == EngineConfig()
     assert f"{name} has no effect here: {NO_OPS[name]}." in caplog.text
+
+
+def test_trust_remote_code_is_accepted_and_said_to_be_needless(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = {"load_format": "dummy", "skip_tokenizer_init": True, "enforce_eager": True}
+    with (
+        caplog.at_level(logging.INFO, "jaxserve"),
+        LLM(trust_remote_code=True, use_tqdm=False, num_gpu_blocks_override=16, **settings),
+    ):
+        pass
+    lines = [line for line in caplog.messages if "trust_remote_code" in line]
+    assert len(lines) == 1
+    assert "the models are jaxserve's own code" in lines[0]
 
 
 @pytest.mark.parametrize("name", FIXED)

@@ -6,11 +6,14 @@ import jax.numpy as jnp
 import pytest
 
 from converters import open_checkpoint
+from converters.families import deepseek_v2
 from jaxserve import demo
 from jaxserve.config import EngineConfig
 from jaxserve.errors import ConfigError
 from jaxserve.kernels import overridden
 from pallas_kernels.dispatch import CHOOSE, Kernels
+from pallas_kernels.latent_attention.reference import latent_attention
+from tests.converters.families.test_deepseek_v2 import SMALL as DEEPSEEK_V2
 from tests.helpers import toy_kernels
 from tests.helpers.engines import ROWS, STEP_TOKENS, greedy_params, small_llm, tokens_of
 
@@ -51,6 +54,19 @@ def test_what_the_kernel_cannot_run_is_left_to_ours() -> None:
 def test_a_kernel_that_fails_its_gates_is_refused(function: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         small_llm(demo.target_path(), kernel_overrides={"paged_attention": f"{TOYS}:{function}"})
+
+
+def test_a_kernel_for_latent_attention_is_tested_on_the_latent_layers() -> None:
+    model = deepseek_v2.config(DEEPSEEK_V2)
+    where, dtype = "pallas_kernels.latent_attention.reference:latent_attention", jnp.float32
+    kernels = overridden({"latent_attention": where}, model, 16, jnp.dtype(dtype))
+    assert kernels == Kernels(latent_attention=latent_attention)
+    for op, function, message in (
+        ("latent_attention", f"{TOYS}:latent_attention_with_wrong_scale", "gate 'values'"),
+        ("paged_attention", f"{TOYS}:attention", "no layer of the model has paged_attention"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            overridden({op: function}, model, 16, jnp.dtype(dtype))
 
 
 def test_an_unknown_module_is_refused() -> None:

@@ -225,6 +225,13 @@ def test_the_chat_template(tokenizer: Tokenizer, bytes_tokenizer: Tokenizer) -> 
     assert text == "Hello!"
 
 
+def test_a_chat_template_in_a_file_beside_the_tokenizer(tmp_path: Path) -> None:
+    """As newer models publish it; it comes before one in tokenizer_config.json."""
+    directory = make_checkpoint(tmp_path, tokenizer=True)
+    (directory / "chat_template.jinja").write_text("{{ messages[0].role }} in the file")
+    assert Tokenizer(str(directory)).apply_chat_template(MESSAGES) == "user in the file"
+
+
 def test_a_chat_template_of_ones_own(tmp_path: Path) -> None:
     directory = make_checkpoint(tmp_path, tokenizer=True)
     tokenizer = Tokenizer(str(directory), chat_template="{{ messages | length }} messages")

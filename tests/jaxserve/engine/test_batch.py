@@ -41,7 +41,7 @@ class Part:
     params: SamplingParams = DEFAULT
     stop_token_ids: frozenset[int] = frozenset()
     seed: int = 0
-    prompt_len: int = 1
+    rope_length: int = 1
 
     @property
     def token_ids(self) -> list[int]:
@@ -79,7 +79,8 @@ def decision_of(*parts: Part, num_new_rows: int = 0, table_updates: Any = ()) ->
         row=column("row").astype(np.int32),
         start=column("start").astype(np.int32),
         num_scheduled_tokens=column("count").astype(np.int32),
-        num_prompt_tokens=column("prompt_len").astype(np.int32),
+        num_prompt_tokens=np.ones(len(parts), np.int32),
+        rope_length=column("rope_length").astype(np.int32),
         num_preemptions=np.zeros(len(parts), np.int32),
         output_index=np.full(len(parts), 3, np.int32),
         samples=column("samples"),
@@ -105,8 +106,8 @@ def steps(draw: st.DrawFn, lanes: int, tokens: int) -> list[Part]:
         left -= more
         start = draw(st.integers(0, COLUMNS * PAGE_SIZE - more - 1))
         unknown, samples = draw(st.booleans()), draw(st.booleans())
-        prompt_len = draw(st.integers(1, COLUMNS * PAGE_SIZE))
-        part = Part(row, start, 1 + more, unknown, samples, prompt_len=prompt_len)
+        rope_length = draw(st.integers(1, COLUMNS * PAGE_SIZE))
+        part = Part(row, start, 1 + more, unknown, samples, rope_length=rope_length)
         parts.append(part)
     return parts
 
@@ -140,10 +141,9 @@ def test_the_model_gets_each_token_where_it_belongs(
         np.testing.assert_array_equal(inputs.token_ids[places], ids)
         np.testing.assert_array_equal(inputs.positions[places], position)
         pages = np.array(part.pages)
-        np.testing.assert_array_equal(inputs.write_page[places], pages[position // PAGE_SIZE])
+        np.testing.assert_array_equal(inputs.write_page[0, places], pages[position // PAGE_SIZE])
         np.testing.assert_array_equal(inputs.write_slot[places], position % PAGE_SIZE)
-        longest = np.maximum(part.prompt_len, position + 1)
-        np.testing.assert_array_equal(inputs.rope_lengths[places], longest)
+        np.testing.assert_array_equal(inputs.rope_lengths[places], part.rope_length)
         at += part.count
         assert inputs.sample_index[lane] == at - 1
         attention = inputs.attention
@@ -152,7 +152,7 @@ def test_the_model_gets_each_token_where_it_belongs(
         assert attention.query_len[lane] == part.count
         assert attention.kv_len[lane] == position[-1] + 1
     # What is left over writes to the padding page, attends to nothing and reads nothing unknown.
-    np.testing.assert_array_equal(inputs.write_page[at:], PADDING_PAGE)
+    np.testing.assert_array_equal(inputs.write_page[0, at:], PADDING_PAGE)
     np.testing.assert_array_equal(inputs.positions[at:], 0)
     count = len(parts)
     for name in ("query_len", "kv_len", "decode_count"):
@@ -288,9 +288,9 @@ def test_updates_change_just_their_cells_and_unused_ones_none() -> None:
     want = before.copy()
     want[2, :3] = [201, 202, 203]
     np.testing.assert_array_equal(after, want)
-    np.testing.assert_array_equal(inputs.page_table, want)
+    np.testing.assert_array_equal(inputs.page_table, want[None])
     # The step's own pages are known to its own tokens.
-    assert inputs.write_page[:9].tolist() == [201] * 4 + [202] * 4 + [203]
+    assert inputs.write_page[0, :9].tolist() == [201] * 4 + [202] * 4 + [203]
 
 
 @pytest.mark.parametrize(("lanes", "tokens"), [(4, 4), (6, 20), (1, 2)])

@@ -28,7 +28,15 @@ from jaxserve.engine.memory import (
 )
 from jaxserve.errors import ConfigError
 from jaxserve.model import decoder, kv_cache
-from jaxserve.model.config import AttentionSpec, LayerSpec, MLPSpec, ModelConfig, NormSpec
+from jaxserve.model.config import (
+    AttentionSpec,
+    LayerSpec,
+    MLPSpec,
+    ModelConfig,
+    MoESpec,
+    NormSpec,
+    RouterSpec,
+)
 from jaxserve.model.params import num_bytes, partition_specs
 
 NORM = NormSpec("rms", 1e-5)
@@ -237,6 +245,25 @@ def test_larger_steps_and_models_need_more_scratch_memory() -> None:
     assert activation_bytes(resolved(), wide, jnp.bfloat16) > base
     assert activation_bytes(resolved(), MODEL, jnp.float32) > base
     assert activation_bytes(resolved(tensor_parallel_size=4), MODEL, jnp.bfloat16) < base
+
+
+def test_experts_need_scratch_memory_for_each_pair_of_a_token_and_an_expert() -> None:
+    def scratch(devices: int = 1, **changes: Any) -> int:
+        moe = MoESpec(**{"num_experts": 6, "intermediate_size": 96} | changes)
+        layers = (dataclasses.replace(LAYER, ffn=moe),)
+        model = dataclasses.replace(MODEL, layers=layers)
+        return activation_bytes(resolved(tensor_parallel_size=devices), model, jnp.bfloat16)
+
+    two, four = RouterSpec(top_k=2), RouterSpec(top_k=4)
+    step = 64 * 2  # tokens, bytes
+    assert scratch(router=four) - scratch(router=two) == step * 2 * 3 * (96 + 128)
+    shared = MLPSpec(40, "silu")
+    assert scratch(router=two, shared=shared) - scratch(router=two) == step * 3 * 40
+    attention = 3 * (8 + 2 * 4) * 16 * step
+    # Two devices share out 6 experts, and each keeps all pairs; four split the experts' width.
+    assert scratch(1, router=two) - scratch(2, router=two) == attention // 2
+    width = step * 2 * 3 * (96 - 96 // 4)
+    assert scratch(1, router=two) - scratch(4, router=two) == attention * 3 // 4 + width
 
 
 # --- what must fit --------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ def streams(jobs: list[Job], faults: dict[int, Fault], **sizes: Any) -> list[lis
     assert_idle(engine)
     assert engine.stats.recoveries == runner.num_failures, "no error but those that were put in"
     requests.sort(key=lambda request: int(request.request_id))
-    assert_outputs_as_if_alone(jobs, requests)
+    assert_outputs_as_if_alone(jobs, requests, sizes["windows"])
     assert [request.output_token_ids for request in requests] == list(tokens.values())
     return list(tokens.values())
 

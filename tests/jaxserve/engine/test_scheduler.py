@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from jaxserve.engine.core import Engine
 from jaxserve.engine.decision import StepResult
 from jaxserve.engine.page_allocator import PageAllocator
+from jaxserve.engine.page_tables import held, most_pages
 from jaxserve.engine.request import FinishReason, Request, RequestUpdate, Status
 from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.stats import Stats
@@ -47,11 +49,10 @@ class Job:
             min_tokens=min(self.min_tokens, self.max_tokens),
         )
 
-    @property
-    def oracle(self) -> list[int]:
+    def oracle(self, windows: Sequence[int | None]) -> list[int]:
         length = min(self.max_tokens, MAX_LEN - len(self.prompt))
         seed, stops = self.seed, self.stop_token_ids
-        return naive(self.prompt, length, VOCAB, seed, stops, self.params.min_tokens)
+        return naive(self.prompt, length, VOCAB, seed, stops, self.params.min_tokens, windows)
 
 
 JOBS = st.builds(
@@ -65,20 +66,27 @@ JOBS = st.builds(
     arrival=st.integers(0, 12),
     abort_after=st.none() | st.none() | st.integers(0, 12),
 )
+WINDOWS = st.just((None,)) | st.lists(st.none() | st.integers(2, 12), min_size=1, max_size=3).map(
+    tuple
+)
 WORKLOADS = st.lists(JOBS, min_size=1, max_size=8)
 
 
 @st.composite
 def engines(draw: st.DrawFn, caching: bool | None = None) -> dict[str, Any]:
     """Sizes of an engine whose pool holds one full sequence and little more."""
-    page_size = draw(st.integers(1, 5))
+    page_size, step_tokens = draw(st.integers(1, 5)), draw(st.integers(1, 30))
+    windows = draw(WINDOWS)
+    run_ahead = draw(st.integers(1, 3))
+    one = most_pages(windows, MAX_LEN, page_size, (run_ahead + 1) * step_tokens)
     return {
         "page_size": page_size,
-        "num_pages": 1 + -(-MAX_LEN // page_size) + draw(st.integers(0, 6)),
+        "num_pages": 1 + one + draw(st.integers(0, 6)),
         "max_rows": draw(st.integers(1, 5)),
-        "max_step_tokens": draw(st.integers(1, 30)),
+        "max_step_tokens": step_tokens,
+        "windows": windows,
         "step_sizes": sorted(draw(st.sets(st.integers(1, 30), max_size=4))),
-        "run_ahead": draw(st.integers(1, 3)),
+        "run_ahead": run_ahead,
         "enable_prefix_caching": draw(st.booleans()) if caching is None else caching,
     }
 
@@ -104,12 +112,17 @@ def assert_first_come_first_served(engine: Engine) -> None:
     assert in_order == list(engine.scheduler.requests.values())
 
 
-def serve(engine: Engine, jobs: list[Job]) -> list[Request]:
-    """Lets a workload play, checking the books and the pace after every step."""
+def serve(engine: Engine, jobs: list[Job], extra_steps: int | None = None) -> list[Request]:
+    """Lets a workload play, checking the books and the pace after every step.
+
+    Where requests begin anew, they do so out of turn; then ``extra_steps`` says how many steps more
+    each may take.
+    """
     requests: dict[int, Request] = {}
     order = sorted(range(len(jobs)), key=lambda index: jobs[index].arrival)
     last_event = max(job.arrival + (job.abort_after or 0) for job in jobs)
     limit = last_event + sum(len(job.prompt) + job.max_tokens + 3 for job in jobs) + 2
+    limit += len(jobs) * (extra_steps or 0)
     step = 0
     while step <= last_event or engine.has_unfinished_requests:
         for index in order:
@@ -121,22 +134,25 @@ def serve(engine: Engine, jobs: list[Job]) -> list[Request]:
                 engine.abort(str(index))
         engine.step()
         engine.scheduler.check_integrity()
-        assert_first_come_first_served(engine)
+        if extra_steps is None:
+            assert_first_come_first_served(engine)
         step += 1
         assert step <= limit, "no progress"
     assert_idle(engine)
     return [requests[index] for index in range(len(jobs))]
 
 
-def assert_outputs_as_if_alone(jobs: list[Job], requests: list[Request]) -> None:
+def assert_outputs_as_if_alone(
+    jobs: list[Job], requests: list[Request], windows: Sequence[int | None] = (None,)
+) -> None:
     for job, request in zip(jobs, requests, strict=True):
         output = request.output_token_ids
         assert request.status is Status.FINISHED
         if request.finish_reason is FinishReason.ABORT:
             assert job.abort_after is not None
-            assert output == job.oracle[: len(output)]
+            assert output == job.oracle(windows)[: len(output)]
             continue
-        assert output == job.oracle
+        assert output == job.oracle(windows)
         stopped = output[-1] in job.stop_token_ids and len(output) >= job.params.min_tokens
         assert request.finish_reason is (FinishReason.STOP if stopped else FinishReason.LENGTH)
         assert request.stop_reason == (output[-1] if stopped else None)
@@ -151,7 +167,40 @@ def test_every_request_gets_its_tokens_as_if_it_were_alone(
     sizes: dict[str, Any], jobs: list[Job]
 ) -> None:
     engine, _ = make(**sizes)
-    assert_outputs_as_if_alone(jobs, serve(engine, jobs))
+    assert_outputs_as_if_alone(jobs, serve(engine, jobs), sizes["windows"])
+
+
+@settings(max_examples=300)
+@given(sizes=engines(), jobs=WORKLOADS, limit=st.integers(1, MAX_LEN))
+def test_requests_that_outgrow_the_original_length_begin_anew(
+    sizes: dict[str, Any], jobs: list[Job], limit: int
+) -> None:
+    """The runner checks that no request reads keys of both rotations, its own or cached ones."""
+    engine, _ = make(**sizes, long_rope_len=limit)
+    requests = serve(engine, jobs, extra_steps=MAX_LEN)
+    assert_outputs_as_if_alone(jobs, requests, sizes["windows"])
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "max_tokens", "times"),
+    [
+        (4, 5, 0),  # the ninth token is chosen, but nothing is computed from it
+        (4, 6, 1),
+        (8, 1, 0),
+        (8, 2, 1),
+        (9, 9, 0),  # long from the beginning
+    ],
+)
+@pytest.mark.parametrize("run_ahead", [1, 2])
+def test_a_request_begins_anew_once_and_only_when_it_must(
+    prompt_len: int, max_tokens: int, times: int, run_ahead: int
+) -> None:
+    engine, _ = make(run_ahead=run_ahead, long_rope_len=8)
+    for name in "ab":
+        engine.add(name, [1] * prompt_len, replace(Job(()), max_tokens=max_tokens).params)
+    run_to_end(engine)
+    assert engine.stats.preemptions == 2 * times
+    assert_idle(engine)
 
 
 @settings(max_examples=200)
@@ -172,9 +221,11 @@ def test_every_token_budget_of_a_step_gives_the_same_tokens(
     sizes: dict[str, Any], jobs: list[Job]
 ) -> None:
     jobs = [replace(job, abort_after=None) for job in jobs]
+    windows = sizes["windows"]
     for budget in range(1, MAX_LEN + 2):
-        engine, _ = make(**{**sizes, "max_step_tokens": budget})
-        assert_outputs_as_if_alone(jobs, serve(engine, jobs))
+        one = most_pages(windows, MAX_LEN, sizes["page_size"], (sizes["run_ahead"] + 1) * budget)
+        engine, _ = make(**{**sizes, "max_step_tokens": budget, "num_pages": one + 3})
+        assert_outputs_as_if_alone(jobs, serve(engine, jobs), windows)
 
 
 @settings(max_examples=100)
@@ -183,7 +234,7 @@ def test_the_order_of_arrival_changes_no_token(
     sizes: dict[str, Any], jobs: list[Job], data: st.DataObject
 ) -> None:
     jobs = [replace(job, abort_after=None) for job in data.draw(st.permutations(jobs))]
-    assert_outputs_as_if_alone(jobs, serve(make(**sizes)[0], jobs))
+    assert_outputs_as_if_alone(jobs, serve(make(**sizes)[0], jobs), sizes["windows"])
 
 
 @settings(max_examples=200)
@@ -195,7 +246,8 @@ def test_bad_logits_end_only_their_own_request(
     engine, _ = make(**sizes, fail_rows={str(index) for index in bad})
     requests = serve(engine, jobs)
     good = [index for index in range(len(jobs)) if index not in bad]
-    assert_outputs_as_if_alone([jobs[i] for i in good], [requests[i] for i in good])
+    kept = [jobs[i] for i in good], [requests[i] for i in good]
+    assert_outputs_as_if_alone(*kept, sizes["windows"])
     for index in bad:
         assert requests[index].finish_reason in (FinishReason.ERROR, FinishReason.ABORT)
         assert requests[index].output_token_ids == []
@@ -207,6 +259,7 @@ class EngineMachine(RuleBasedStateMachine):
     @initialize(sizes=engines())
     def start(self, sizes: dict[str, Any]) -> None:
         self.engine, _ = make(**sizes)
+        self.windows = sizes["windows"]
         self.jobs: list[Job] = []
         self.requests: list[Request] = []
 
@@ -243,7 +296,7 @@ class EngineMachine(RuleBasedStateMachine):
         if hasattr(self, "engine"):
             run_to_end(self.engine)
             assert_idle(self.engine)
-            assert_outputs_as_if_alone(self.jobs, self.requests)
+            assert_outputs_as_if_alone(self.jobs, self.requests, self.windows)
 
 
 TestEngineMachine = EngineMachine.TestCase
@@ -342,7 +395,8 @@ def test_priorities_change_no_token(
         engine.step()
     run_to_end(engine)
     for index, (_, length, max_tokens) in enumerate(jobs):
-        want = naive([index] * length, max_tokens, VOCAB, requests[index].seed)
+        seed, windows = requests[index].seed, sizes["windows"]
+        want = naive([index] * length, max_tokens, VOCAB, seed, windows=windows)
         assert requests[index].output_token_ids == want
     assert_idle(engine)
 
@@ -538,12 +592,14 @@ def test_a_step_is_dispatched_before_the_one_before_is_known() -> None:
 
 def test_the_surplus_token_of_a_step_that_ran_ahead_is_dropped() -> None:
     job = Job((1, 2, 3), max_tokens=10)
-    stop = job.oracle[3]
+    stop = job.oracle((None,))[3]
     job = replace(job, stop_token_ids=(stop,))
     engine, runner = make()
     request = engine.add("a", job.prompt, job.params)
     updates = run_to_end(engine)
-    assert [update.token_id for update in updates] == job.oracle == request.output_token_ids
+    assert (
+        [update.token_id for update in updates] == job.oracle((None,)) == request.output_token_ids
+    )
     assert [update.finish_reason for update in updates] == [None] * 3 + [FinishReason.STOP]
     assert runner.num_sampled == 5
     assert engine.stats.generation_tokens == 4
@@ -694,3 +750,66 @@ def test_logprobs_are_handed_on() -> None:
     result = StepResult([7], [logprobs])  # type: ignore[list-item]
     (update,) = scheduler.update(scheduler.schedule(), result)
     assert (update.token_id, update.logprobs) == (7, logprobs)
+
+
+# --- sliding windows --------------------------------------------------------------------------
+
+
+def most_held(windows: Sequence[int | None], length: int) -> int:
+    """Most pages of four tokens that a sequence holds while it is computed in steps of 8 tokens."""
+    engine, _ = make(
+        num_pages=400, page_size=4, max_step_tokens=8, max_model_len=length, windows=windows
+    )
+    request = engine.add("a", [1] * (length // 2), SamplingParams(temperature=0, max_tokens=length))
+    most = 0
+    while engine.has_unfinished_requests:
+        engine.step()
+        engine.scheduler.check_integrity()
+        most = max(most, held(request.pages))
+    assert request.output_token_ids == naive(
+        [1] * (length // 2), length - length // 2, VOCAB, windows=windows
+    )
+    return most
+
+
+def test_pages_that_no_layer_sees_any_more_are_given_back() -> None:
+    whole = most_held((None,), 400)
+    assert whole == 100
+    # A window of 12 tokens, and 8 more in each of the two steps that are under way: 7 pages, and
+    # one that is seen in part.
+    assert most_held((12,), 400) <= 8
+    assert most_held((12,), 400) == most_held((12,), 200)
+    assert most_held((None, 12, 12), 400) <= whole + 2 * 8
+
+
+def test_a_short_window_lets_many_more_requests_run() -> None:
+    """Three quarters of the layers have one: twice as many run in the same memory."""
+
+    def most_running(windows: Sequence[int | None]) -> int:
+        engine, _ = make(
+            num_pages=1 + 4 * 100 * len(windows),
+            page_size=4,
+            max_rows=16,
+            max_step_tokens=32,
+            max_model_len=400,
+            windows=windows,
+        )
+        for index in range(16):
+            engine.add(str(index), [index] * 300, SamplingParams(temperature=0, max_tokens=99))
+        most = 0
+        while engine.has_unfinished_requests:
+            engine.step()
+            most = max(most, len(engine.scheduler.running))
+        return most
+
+    assert most_running((None, 8, 8, 8)) >= 2 * most_running((None,))
+
+
+def test_a_prefix_is_found_though_the_window_has_left_its_beginning() -> None:
+    engine, _ = make(num_pages=60, page_size=2, max_step_tokens=4, windows=(None, 4))
+    first = engine.add("first", [0, 1] * 8, SamplingParams(temperature=0, max_tokens=2))
+    run_to_end(engine)
+    second = engine.add("second", [0, 1] * 8, SamplingParams(temperature=0, max_tokens=2))
+    run_to_end(engine)
+    assert second.num_cached_tokens == 14
+    assert second.output_token_ids == first.output_token_ids

@@ -59,4 +59,5 @@ def test_rope_specs_are_in_order_of_first_use() -> None:
     changed = dataclasses.replace(
         layers[0], attention=dataclasses.replace(layers[0].attention, rope=dynamic)
     )
-    assert dataclasses.replace(config, layers=(*layers, changed)).dynamic_rope_len == 32
+    changed_config = dataclasses.replace(config, layers=(*layers, changed))
+    assert (changed_config.dynamic_rope_len, changed_config.long_rope_len) == (32, None)

@@ -106,6 +106,39 @@ def test_dynamic_frequencies_grow_with_the_length(length: int) -> None:
     np.testing.assert_allclose(np.arctan2(sin[0], cos[0]), frequencies, rtol=2e-5)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1 + 0.1 * pair for pair in range(HEAD_SIZE // 2)],
+    "long_factor": [1.5 * (pair + 1) for pair in range(HEAD_SIZE // 2)],
+    "original_max_position_embeddings": 512,
+}
+
+
+@pytest.mark.parametrize("length", [1, 511, 512, 513, 2048])
+def test_longrope_has_other_frequencies_for_all_tokens_of_long_requests(length: int) -> None:
+    spec, frequencies, factor = both(LONGROPE, length)
+    assert spec.scaling.attention_factor == pytest.approx(factor)
+    np.testing.assert_allclose(rope.inverse_frequencies(spec, length > 512), frequencies, rtol=1e-6)
+    positions = jnp.array([1, 100, 511, 512])
+    cos, sin = rope.cos_sin(spec, positions, jnp.full(4, length))
+    angles = np.asarray(positions, np.float64)[:, None] * frequencies
+    np.testing.assert_allclose(cos, np.cos(angles) * factor, atol=1e-4)
+    np.testing.assert_allclose(sin, np.sin(angles) * factor, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "alpha"), [(1, 1), (2048, 1), (2049, 3), (4096, 3), (4097, 7), (32768, 31)]
+)
+def test_qwens_frequencies_shrink_in_steps_with_the_prompt(prompt_len: int, alpha: int) -> None:
+    """2 ** ceil(log2(n / 2048) + 1) - 1, whatever has been generated since."""
+    spec = RopeSpec(10000.0, 8, RopeScaling("qwen", 1.0, 2048))
+    want = (10000.0 * alpha ** (8 / 6)) ** -(np.arange(0, 8, 2) / 8)
+    for position in (1, 3000):
+        cos, sin = rope.cos_sin(spec, jnp.array([position]), jnp.array([prompt_len]))
+        angles = np.exp(1j * position * want)
+        np.testing.assert_allclose(cos[0] + 1j * sin[0], angles, atol=1e-3)
+
+
 def test_dynamic_lengths_differ_from_token_to_token() -> None:
     spec, _, _ = both({"rope_type": "dynamic", "factor": 4.0})
     lengths = jnp.array([10, 3000, 8000])

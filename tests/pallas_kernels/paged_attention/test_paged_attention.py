@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels.paged_attention import paged_attention, reference, triton
-from pallas_kernels.paged_attention.cases import CASES, Case, make
+from pallas_kernels.paged_attention.cases import CASES, VARIANT_CASES, Case, make
 from tests.helpers.lowering import lowers_for
 
 IDS = [case.name for case in CASES]
@@ -20,6 +21,7 @@ def oracle(case: Case, arguments: dict) -> tuple[np.ndarray, np.ndarray]:
     """Outputs in float64 and which tokens a lane owns."""
     q, k, v = (np.asarray(arguments[n], np.float64) for n in ("q", "k_pages", "v_pages"))
     table, batch = np.asarray(arguments["page_table"]), arguments["batch"]
+    variant = arguments.get("variant")
     out, owned = np.zeros(q.shape), np.zeros(q.shape[0], bool)
     for lane, (new, total) in enumerate(case.lanes):
         pages = table[batch.row[lane]]
@@ -34,8 +36,16 @@ def oracle(case: Case, arguments: dict) -> tuple[np.ndarray, np.ndarray]:
             for head in range(case.heads):
                 kv_head = head // (case.heads // case.kv_heads)
                 scores = keys[visible, kv_head] @ q[token, head] * arguments["scale"]
-                weights = np.exp(scores - scores.max())
-                out[token, head] = weights @ values[visible, kv_head] / weights.sum()
+                if case.softcap is not None:
+                    scores = case.softcap * np.tanh(scores / case.softcap)
+                if case.alibi:
+                    behind = np.arange(visible.start, visible.stop) - position
+                    scores = scores + float(variant.alibi_slopes[head]) * behind
+                sink = float(variant.sinks[head]) if case.sinks else -np.inf
+                top = max(scores.max(), sink)
+                weights = np.exp(scores - top)
+                divisor = weights.sum() + np.exp(sink - top)
+                out[token, head] = weights @ values[visible, kv_head] / divisor
             owned[token] = True
     return out, owned
 
@@ -81,6 +91,26 @@ def test_splitting_changes_nothing_but_rounding():
     assert int(whole["batch"].decode_count[0]) == 1
     run = functools.partial(triton.paged_attention, interpret=True)
     np.testing.assert_allclose(run(**split)[:2], run(**whole)[:2], atol=1e-5)
+
+
+def test_a_sink_counts_once_however_a_lane_is_split():
+    case = Case("split", ((1, 1500),), padding=0, sinks=True)
+    split, whole = make(case, 5, split=True), make(case, 5, split=False)
+    assert int(split["batch"].decode_count[0]) > 1
+    run = functools.partial(triton.paged_attention, interpret=True)
+    np.testing.assert_allclose(run(**split), run(**whole), atol=1e-5)
+
+
+@pytest.mark.parametrize("case", VARIANT_CASES, ids=[case.name for case in VARIANT_CASES])
+def test_variants_reach_triton_where_plain_attention_goes_to_mosaic(case):
+    lanes = ((1, 40), (200, 230))
+    arguments = make(replace(case, lanes=lanes, dtype="bfloat16", page_size=16), seed=0)
+    statics = {name: arguments.pop(name) for name in ("scale", "sliding_window")}
+    chosen = functools.partial(paged_attention, **statics)
+    text = lowers_for("cuda", chosen, **arguments)
+    assert "paged_prefill" in text and "triton" in text and "mosaic_gpu" not in text
+    arguments.pop("variant")
+    assert "mosaic_gpu" in lowers_for("cuda", chosen, **arguments)
 
 
 def test_shapes_that_do_not_fit_are_refused():

@@ -28,7 +28,7 @@ from pallas_kernels.paged_attention import (
     mosaic_gpu_shape,
     reference,
 )
-from pallas_kernels.paged_attention.cases import CASES, DECODE, MIXED, Case, make, poison
+from pallas_kernels.paged_attention.cases import DECODE, MIXED, PLAIN_CASES, Case, make, poison
 from pallas_kernels.paged_attention.mosaic_gpu_shape import (
     DecodeShape,
     decode_memory,
@@ -42,7 +42,7 @@ SIMULATED_SECONDS = 200
 SHARED_MEMORY = 227 << 10  # bytes of a block on a Hopper GPU
 SHARED = tuple(
     replace(case, dtype=dtype)
-    for case, dtype in itertools.product(CASES, ("bfloat16", "float16"))
+    for case, dtype in itertools.product(PLAIN_CASES, ("bfloat16", "float16"))
     if case.name.startswith("decode") and case.head_size % 16 == 0
 )
 SIMULATED = tuple(

@@ -12,12 +12,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.paged_attention import mosaic_tpu, paged_attention
-from pallas_kernels.paged_attention.cases import CASES, Case, make, poison
+from pallas_kernels.paged_attention.cases import PLAIN_CASES, Case, make, poison
 from tests.helpers.lowering import lowers_for
 from tests.helpers.tpu import SIMULATED, quick_compiling  # noqa: F401
 from tests.pallas_kernels.paged_attention.test_paged_attention import oracle
 
-IDS = [case.name for case in CASES]
+IDS = [case.name for case in PLAIN_CASES]
 simulated = functools.partial(mosaic_tpu.paged_attention, interpret=SIMULATED)
 
 
@@ -29,7 +29,7 @@ def compare(case: Case, actual: jax.Array, wanted: tuple[np.ndarray, np.ndarray]
     assert error < (1e-2 if case.dtype == "bfloat16" else 1e-5)
 
 
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", PLAIN_CASES, ids=IDS)
 def test_it_is_softmax_attention_whatever_stands_in_other_pages(
     case: Case, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,4 +132,4 @@ def test_what_it_cannot_do_is_left_to_the_reference() -> None:
 
 def test_it_is_not_for_cpus() -> None:
     with pytest.raises(NotImplementedError, match="TPU"):
-        mosaic_tpu.paged_attention(**make(CASES[0], seed=0))
+        mosaic_tpu.paged_attention(**make(PLAIN_CASES[0], seed=0))

@@ -33,8 +33,8 @@ def oracle(case: Case, arguments: dict[str, Any]) -> tuple[np.ndarray, ...]:
         cos, sin = (np.asarray(part, np.float64)[:, None, None] for part in arguments["cos_sin"])
 
         def rotate(x: np.ndarray) -> np.ndarray:
-            a, b = np.split(x, 2, -1)
-            return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+            a, b, rest = np.split(x, (cos.shape[-1], 2 * cos.shape[-1]), -1)
+            return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], -1)
 
         q, k = rotate(q), rotate(k)
     for token in range(case.tokens - case.padding):

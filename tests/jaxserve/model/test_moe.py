@@ -1,0 +1,196 @@
+"""A mixture of experts: who is chosen, what comes out, and that devices share the work."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxserve.distributed import LOGICAL_TO_MESH, make_mesh
+from jaxserve.model import moe
+from jaxserve.model.config import MLPSpec, MoESpec, RouterSpec
+from jaxserve.model.params import Params, partition_specs
+
+HIDDEN = 18
+TOKENS = 11
+ROUTERS = {
+    "softmax": RouterSpec(3),
+    "softmax, normalized": RouterSpec(2, normalize=True),
+    "one of them": RouterSpec(1, normalize=True),
+    "all of them": RouterSpec(12),
+    "softmax, scaled, groups by their best": RouterSpec(
+        4, scale=16.0, groups=4, top_groups=2, group_score="max"
+    ),
+    "sigmoid": RouterSpec(3, "sigmoid", scale=2.5),
+    "sigmoid, normalized, corrected": RouterSpec(3, "sigmoid", normalize=True, correction=True),
+    "sigmoid, corrected, groups by their best two": RouterSpec(
+        4, "sigmoid", True, 2.5, correction=True, groups=3, top_groups=2, group_score="top2"
+    ),
+}
+MIXTRAL = MoESpec(8, 12, RouterSpec(2, normalize=True))
+QWEN = dataclasses.replace(MIXTRAL, shared=MLPSpec(20, "silu"), shared_gate=True)
+GPT_OSS = MoESpec(8, 12, RouterSpec(3, normalize=True, bias=True), "clamped_silu", bias=True)
+FIVE_EXPERTS = dataclasses.replace(GPT_OSS, num_experts=5, shared=MLPSpec(8, "silu"))
+SPECS = {"mixtral": MIXTRAL, "qwen": QWEN, "gpt-oss": GPT_OSS, "five experts": FIVE_EXPERTS}
+
+
+def softmax(x: np.ndarray) -> np.ndarray:
+    e = np.exp(x - x.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+def sigmoid(x: np.ndarray) -> np.ndarray:
+    return 1 / (1 + np.exp(-x))
+
+
+def dense_weights(
+    spec: RouterSpec, logits: np.ndarray, correction: np.ndarray | None
+) -> np.ndarray:
+    """The weight of every expert for every token, zero for those not chosen; one token after the
+    other."""
+    scores = softmax(logits) if spec.scores == "softmax" else sigmoid(logits)
+    weights = np.zeros_like(scores)
+    for row, own in zip(weights, scores):
+        wanted = own if correction is None else own + correction
+        groups = np.split(np.arange(len(own)), spec.groups)
+        members = 1 if spec.group_score == "max" else 2
+        groups.sort(key=lambda group: -np.sort(wanted[group])[-members:].sum())
+        allowed = np.concatenate(groups[: spec.top_groups])
+        chosen = allowed[np.argsort(-wanted[allowed])[: spec.top_k]]
+        row[chosen] = own[chosen] / (own[chosen].sum() if spec.normalize else 1) * spec.scale
+    return weights
+
+
+@pytest.mark.parametrize("name", ROUTERS)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_choice(name: str, seed: int) -> None:
+    spec, rng = ROUTERS[name], np.random.default_rng(seed)
+    logits = rng.normal(0, 2, (40, 12)).astype(np.float32)
+    correction = rng.normal(0, 0.5, 12).astype(np.float32) if spec.correction else None
+    experts, weights = moe.choose(spec, jnp.asarray(logits), correction)
+    assert experts.shape == weights.shape == (40, spec.top_k)
+    got = np.zeros((40, 12))
+    np.put_along_axis(got, np.asarray(experts), np.asarray(weights), 1)
+    want = dense_weights(spec, logits.astype(np.float64), correction)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-7)
+
+
+def test_normalized_softmax_is_the_softmax_over_the_chosen() -> None:
+    logits = np.random.default_rng(0).normal(0, 20, (30, 9)).astype(np.float32)
+    experts, weights = moe.choose(RouterSpec(4, normalize=True), jnp.asarray(logits))
+    own = np.take_along_axis(logits.astype(np.float64), np.asarray(experts), 1)
+    np.testing.assert_allclose(weights, softmax(own), rtol=1e-4, atol=1e-9)
+
+
+def make(spec: MoESpec, seed: int = 0) -> tuple[Params, jax.Array]:
+    """Random weights, biases among them, and tokens."""
+    rng = np.random.default_rng(seed)
+    params = {
+        path: jnp.asarray(rng.normal(0, 0.6, param.shape), jnp.float32)
+        for path, param in moe.declare(spec, HIDDEN).items()
+    }
+    return params, jnp.asarray(rng.normal(size=(TOKENS, HIDDEN)), jnp.float32)
+
+
+def dense(spec: MoESpec, params: Params, x: jax.Array) -> np.ndarray:
+    """All experts on all tokens, in float64."""
+    w = {path: np.asarray(array, np.float64) for path, array in params.items()}
+    tokens = np.asarray(x, np.float64)
+
+    def gated(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+        if spec.activation == "silu":
+            return gate * sigmoid(gate) * up
+        gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
+        return (up + 1) * gate * sigmoid(1.702 * gate)
+
+    weights = dense_weights(
+        spec.router, tokens @ w["router"].T + w.get("router_bias", 0), w.get("router_correction")
+    )
+    total = np.zeros_like(tokens)
+    for expert in range(spec.num_experts):
+        gate, up = np.einsum("pfh,th->ptf", w["experts_up"][expert], tokens)
+        if spec.bias:
+            gate, up = gate + w["experts_up_bias"][expert, 0], up + w["experts_up_bias"][expert, 1]
+        y = gated(gate, up) @ w["experts_down"][expert].T
+        y += w["experts_down_bias"][expert] if spec.bias else 0
+        total += weights[:, expert, None] * y
+    if spec.shared is not None:
+        gate, up = np.einsum("pfh,th->ptf", w["shared/up"], tokens)
+        y = (gate * sigmoid(gate) * up) @ w["shared/down"].T
+        total += y * (sigmoid(tokens @ w["shared_gate"].T) if spec.shared_gate else 1)
+    return total
+
+
+def run(
+    spec: MoESpec,
+    params: Params,
+    x: jax.Array,
+    devices: int = 1,
+    is_token: jax.Array | None = None,
+) -> np.ndarray:
+    """The layer's output, with weights split as the engine splits them."""
+    apply = functools.partial(moe.apply, spec, is_token=is_token)
+    if devices > 1:
+        mesh = make_mesh(devices)
+        tree = moe.declare(spec, HIDDEN)
+        specs = partition_specs(tree, LOGICAL_TO_MESH, dict(mesh.shape))
+        params = {
+            path: jax.device_put(array, NamedSharding(mesh, specs[path]))
+            for path, array in params.items()
+        }
+        apply = jax.shard_map(
+            apply,
+            mesh=mesh,
+            in_specs=(specs, PartitionSpec()),
+            out_specs=PartitionSpec(),
+            check_vma=False,
+        )
+    return np.asarray(jax.jit(apply)(params, x), np.float64).sum(0)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_the_output_equals_a_dense_loop_on_any_number_of_devices(name: str, devices: int) -> None:
+    """2 and 4 divide the 8 experts; of 5 experts they divide the width alone."""
+    params, x = make(SPECS[name])
+    want = dense(SPECS[name], params, x)
+    got = run(SPECS[name], params, x, devices)
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_padding_goes_through_no_experts(devices: int) -> None:
+    params, x = make(MIXTRAL)
+    is_token = jnp.arange(x.shape[0]) % 3 > 0
+    got = run(MIXTRAL, params, x, devices, is_token)
+    np.testing.assert_array_equal(got[~is_token], 0)
+    np.testing.assert_array_equal(got[is_token], run(MIXTRAL, params, x, devices)[is_token])
+
+
+@pytest.mark.parametrize(
+    ("experts", "split"), [(8, ("tensor", None)), (5, (None, "tensor"))], ids=["experts", "width"]
+)
+def test_what_devices_split(experts: int, split: tuple[str | None, str | None]) -> None:
+    tree = moe.declare(dataclasses.replace(GPT_OSS, num_experts=experts), HIDDEN)
+    specs = partition_specs(tree, LOGICAL_TO_MESH, {"tensor": 4})
+    by_expert, by_width = split
+    assert specs["experts_up"] == PartitionSpec(by_expert, None, by_width, None)
+    assert specs["experts_down"] == PartitionSpec(by_expert, None, by_width)
+    assert specs["experts_up_bias"] == PartitionSpec(by_expert, None, by_width)
+    assert specs["experts_down_bias"] == PartitionSpec(by_expert, None)
+    assert specs["router"] == PartitionSpec(None, None)
+
+
+@pytest.mark.parametrize("name", ["gpt-oss", "five experts"])
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_the_last_bias_is_added_once(name: str, devices: int) -> None:
+    """Where it alone is left and the weights sum to 1, it comes out as it is."""
+    params, x = make(SPECS[name])
+    params = {path: jnp.zeros_like(a) if "down" in path else a for path, a in params.items()}
+    params["experts_down_bias"] = jnp.full_like(params["experts_down_bias"], 3.0)
+    np.testing.assert_allclose(run(SPECS[name], params, x, devices), 3.0, rtol=1e-6)
