@@ -15,6 +15,8 @@ REPLACEMENT = "\ufffd"
 """What decoders give for bytes that are no whole character (yet)."""
 CONTEXT = 6
 """Prompt tokens that a stream reads first, for decoders that treat a text's start specially."""
+CONVERSATION_OPTIONS = {"add_generation_prompt", "continue_final_message"}
+"""What conversations that the model's own code makes can be told; see ``jaxserve.vocab``."""
 MAX_CHARACTER_TOKENS = 4
 """A UTF-8 character has at most four bytes, hence at most four byte tokens."""
 
@@ -129,13 +131,21 @@ class Tokenizer:
             options: see ``apply_chat_template``.
 
         Raises:
-            InvalidRequestError: there is no template, or it refuses the messages.
+            InvalidRequestError: there is no template, or it refuses the messages; or the model's
+                own code doesn't know an option.
         """
         if self._conversation_ids is None or "chat_template" in options:
             text = self.apply_chat_template(messages, **options)
             return text, self.encode(text, add_special_tokens)
-        known = ("add_generation_prompt", "continue_final_message")
-        ids = self._conversation_ids(messages, **{k: options[k] for k in known if k in options})
+        options = {name: value for name, value in options.items() if value is not None}
+        unknown = sorted(options.keys() - CONVERSATION_OPTIONS)
+        if unknown:
+            raise InvalidRequestError(
+                f"{unknown[0]}: this model's conversations have no such option; leave it out (a "
+                "message can describe tools), or pass a chat_template that reads it.",
+                unknown[0],
+            )
+        ids = self._conversation_ids(messages, **options)
         return self.decode(ids, skip_special_tokens=False), ids
 
     def stream(self, prompt_ids: Sequence[int], skip_special_tokens: bool = True) -> TextStream:

@@ -25,7 +25,10 @@ ARGUMENTS = (*BASICS, "jaxserve.sampling.params", "jaxserve.engine.request")
 TOKENIZERS = ("numpy", "tokenizers", "transformers", "jinja2", "huggingface_hub")
 BRAIN = (
     *ARGUMENTS,
-    *(f"jaxserve.engine.{name}" for name in ("admission", "core", "decision", "page_allocator")),
+    *(
+        f"jaxserve.engine.{name}"
+        for name in ("admission", "core", "decision", "page_allocator", "page_tables")
+    ),
     *(f"jaxserve.engine.{name}" for name in ("running", "scheduler", "stats", "step_size")),
     *(f"jaxserve.engine.{name}" for name in ("stop", "waiting")),
     "numpy",
@@ -75,6 +78,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(DOOR, BEHIND_THE_DOOR),
     "jaxserve.demo": (*JAX, "optax", "tokenizers", "safetensors", "jaxserve.demo"),
     "jaxserve.build": ANYTHING,
+    "jaxserve.plan": ANYTHING,
     "jaxserve.llm": ANYTHING,
     "jaxserve.__main__": ANYTHING,
     "jaxserve.cli": ANYTHING,

@@ -23,11 +23,13 @@ from jaxserve.model.config import (
     MLPSpec,
     ModelConfig,
     NormSpec,
+    RopeScaling,
     RopeSpec,
 )
 
 ARCHITECTURES = ("ChatGLMModel", "ChatGLMForConditionalGeneration")
 CHATGLM3_VOCAB, CHATGLM3_ENDS = 65024, (64795, 64797)
+GLM_4_VOCAB = 151552
 NEEDED = {
     "rmsnorm": True,
     "post_layer_norm": True,
@@ -43,8 +45,7 @@ multi_query_attention, whose absence means false."""
 
 def config(hf: dict[str, Any]) -> ModelConfig:
     """See configuration_chatglm.py and modeling_chatglm.py of THUDM/chatglm3-6b and
-    THUDM/glm-4-9b-chat. The first half of each head is rotated, by angles of base
-    10000 * rope_ratio."""
+    THUDM/glm-4-9b-chat. The first half of each head is rotated."""
     fields = _llama_like.open_config(hf)
     _check(fields)
     hidden = fields.integer("hidden_size", maximum=MAX_WIDTH)
@@ -65,7 +66,7 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         num_kv_heads=kv,
         head_size=size,
         scale=size**-0.5,
-        rope=RopeSpec(10000.0 * fields.number("rope_ratio", 1.0), size // 2),
+        rope=_rope(fields, size // 2),
         qkv_bias=bias or fields.boolean("add_qkv_bias", False),
         out_bias=bias,
     )
@@ -82,6 +83,32 @@ def config(hf: dict[str, Any]) -> ModelConfig:
         embedding_size=hidden,
         dtype=_llama_like.dtype(fields, "float16"),
     )
+
+
+def _rope(fields: Fields, size: int) -> RopeSpec:
+    """The rotation of ``size`` features. ChatGLM2 divides the positions by rope_ratio, ChatGLM3 and
+    later multiply the base 10000 by it (modeling_chatglm.py of THUDM/chatglm2-6b-32k and
+    THUDM/chatglm3-6b-32k). The two have the same keys and sizes: only their names differ.
+
+    Raises:
+        UnsupportedModelError: it may be either, and rope_ratio is not 1.
+    """
+    ratio = fields.number("rope_ratio", 1.0)
+    later = RopeSpec(10000.0 * ratio, size)
+    if ratio == 1.0 or fields.integer("padded_vocab_size") >= GLM_4_VOCAB:
+        return later
+    name = str(fields.values.get("_name_or_path")).lower()
+    two, three = "chatglm2" in name, "chatglm3" in name
+    if two == three:
+        raise UnsupportedModelError(
+            f"{fields.where}: rope_ratio={ratio:g} divides positions in ChatGLM2 and multiplies "
+            "the rope's base in ChatGLM3, and nothing here tells which of them this is; set "
+            '_name_or_path to "THUDM/chatglm2-6b-32k" or "THUDM/chatglm3-6b-32k".'
+        )
+    if three:
+        return later
+    length = fields.integer("seq_length", 2048, maximum=MAX_LENGTH)
+    return RopeSpec(10000.0, size, RopeScaling("linear", ratio, max(int(length / ratio), 1)))
 
 
 def _check(fields: Fields) -> None:

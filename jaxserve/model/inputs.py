@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.paged_attention import AttentionBatch
 
@@ -40,8 +41,9 @@ class StepInputs:
 
     @property
     def is_token(self) -> jax.Array:
-        """bool [T], False for padding."""
-        return self.write_page != 0
+        """bool [T], False for padding, which stands behind all lanes' tokens."""
+        ends = self.attention.query_start + self.attention.query_len
+        return jnp.arange(self.token_ids.shape[0]) < ends.max()
 
     def of_table(self, table: int) -> StepInputs:
         """What layers with that page table get."""

@@ -13,12 +13,12 @@ from typing import Any
 
 import tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
 
 from jaxserve.chat_templates import built_in
 from jaxserve.errors import InvalidRequestError
 from jaxserve.vocab import Files, required
 from jaxserve.vocab.byte_bpe import byte_bpe, read_ranks
+from jaxserve.vocab.conversation import ConversationTokenizer, texts_of
 from jaxserve.vocab.sentence_piece import read_model, sentence_piece_bpe
 
 ROLES = {
@@ -60,7 +60,7 @@ def _has_turns(files: Files) -> bool:
     return False
 
 
-class ChatGLMTokenizer(PreTrainedTokenizerFast):
+class ChatGLMTokenizer(ConversationTokenizer):
     """A fast tokenizer.
 
     Args:
@@ -83,29 +83,29 @@ class ChatGLMTokenizer(PreTrainedTokenizerFast):
             pair=[*names, "$A", "$B"],
             special_tokens=list(zip(names, start)),
         )
-        super().__init__(tokenizer_object=backend, clean_up_tokenization_spaces=False, **options)
+        super().__init__(backend, **options)
         self._special, self._start = special, start
-        # The same without special tokens: what users write can't become one in a conversation.
-        self._plain = tokenizers.Tokenizer(backend.model)
-        self._plain.normalizer = backend.normalizer
-        self._plain.pre_tokenizer = backend.pre_tokenizer
 
-    def _turns(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool) -> list[int]:
+    def _turns(
+        self,
+        messages: Sequence[dict[str, Any]],
+        add_generation_prompt: bool,
+        skip_empty: bool = False,
+    ) -> list[int]:
         """Conversations of ChatGLM3 and later, see there."""
         ids = list(self._start)
-        for (role, text), message in zip(_texts(messages), messages):
+        for (role, text), message in zip(texts_of(messages), messages):
             if role not in ROLES:
                 raise InvalidRequestError(
                     f"messages: this model knows the roles {', '.join(ROLES)}; not {role[:60]!r}.",
                     "messages",
                 )
+            if skip_empty and not text:
+                continue
             ids.append(self._special[ROLES[role]])
-            ids += self._encode_plain(f"{message.get('metadata') or ''}\n")
-            ids += self._encode_plain(text)
+            ids += self.encode_plain(f"{message.get('metadata') or ''}\n")
+            ids += self.encode_plain(text)
         return [*ids, self._special["assistant"]] if add_generation_prompt else ids
-
-    def _encode_plain(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
 
 
 class ChatGLM2Tokenizer(ChatGLMTokenizer):
@@ -130,7 +130,7 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer):
             InvalidRequestError: a message has no text, or the roles aren't system (at most one, the
                 first), then user and assistant in turn.
         """
-        texts = _texts(messages)
+        texts = texts_of(messages)
         system = texts.pop(0)[1] if texts and texts[0][0] == "system" else ""
         for index, (role, _) in enumerate(texts):
             if role != ("user", "assistant")[index % 2]:
@@ -153,11 +153,15 @@ class ChatGLM2Tokenizer(ChatGLMTokenizer):
             prompt += "答："
         if continue_final_message:
             prompt = prompt.removesuffix("\n\n")
-        return self._start + self._encode_plain(prompt)
+        return self._start + self.encode_plain(prompt)
 
 
 class ChatGLM3Tokenizer(ChatGLMTokenizer):
-    """Each message is a special token for its role, a line for "metadata", and its text."""
+    """Each message is a special token for its role, a line for "metadata", and its text.
+
+    Answers have such a line too: they begin with "\\n ", or with a tool's name before that. The
+    model's own ``chat`` strips it; here it stays, as the part of the answer that it is.
+    """
 
     template = "chatglm3"
 
@@ -176,7 +180,8 @@ class ChatGLM3Tokenizer(ChatGLMTokenizer):
         line and its text are encoded by themselves.
 
         Raises:
-            InvalidRequestError: a message has no text, or a role that the model doesn't know.
+            InvalidRequestError: a message has no text, a role that the model doesn't know, or tools
+                beside its text.
         """
         return self._turns(messages, add_generation_prompt)
 
@@ -197,15 +202,4 @@ class GLM4Tokenizer(ChatGLMTokenizer):
         continue_final_message: bool = False,
     ) -> list[int]:
         """The tokens of a conversation, as ChatGLM3 makes them. Raises what it raises."""
-        return self._turns(
-            [message for message in messages if message.get("content") != ""],
-            add_generation_prompt,
-        )
-
-
-def _texts(messages: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """(role, text) of each message."""
-    for index, message in enumerate(messages):
-        if not isinstance(message.get("content"), str):
-            raise InvalidRequestError(f"messages[{index}]: content must be a string.", "messages")
-    return [(str(message.get("role")), message["content"]) for message in messages]
+        return self._turns(messages, add_generation_prompt, skip_empty=True)

@@ -10,12 +10,12 @@ from typing import Any
 
 import tokenizers
 from tokenizers.normalizers import NFC
-from transformers import PreTrainedTokenizerFast
 
 from jaxserve.chat_templates import built_in
 from jaxserve.errors import InvalidRequestError
 from jaxserve.vocab import Files, read_json, required
 from jaxserve.vocab.byte_bpe import byte_bpe, read_ranks
+from jaxserve.vocab.conversation import ConversationTokenizer, texts_of
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -42,7 +42,7 @@ def read(files: Files, settings: dict[str, Any]) -> QwenTokenizer:
     )
 
 
-class QwenTokenizer(PreTrainedTokenizerFast):
+class QwenTokenizer(ConversationTokenizer):
     """A fast tokenizer.
 
     Args:
@@ -52,19 +52,14 @@ class QwenTokenizer(PreTrainedTokenizerFast):
 
     def __init__(self, backend: tokenizers.Tokenizer, window: int, **options: Any) -> None:
         super().__init__(
-            tokenizer_object=backend,
+            backend,
             eos_token=END,
             additional_special_tokens=list(SPECIALS[1:]),
-            clean_up_tokenization_spaces=False,
             **options,
         )
         self._window = window
-        # The same without special tokens: what users write can't become one in a conversation.
-        self._plain = tokenizers.Tokenizer(backend.model)
-        self._plain.normalizer = backend.normalizer
-        self._plain.pre_tokenizer = backend.pre_tokenizer
         self._turn, self._turn_end = backend.encode(TURN + TURN_END).ids
-        self._newline = self._encode_plain("\n")
+        self._newline = self.encode_plain("\n")
 
     def conversation_ids(
         self,
@@ -79,8 +74,8 @@ class QwenTokenizer(PreTrainedTokenizerFast):
         window.
 
         Raises:
-            InvalidRequestError: a message has no text, or another role than system (only the
-                first one), user or assistant.
+            InvalidRequestError: a message has no text, tools beside it, or another role than system
+                (only the first one), user or assistant.
         """
         system, turns = _turns(messages)
         start = self._message("system", system)
@@ -96,30 +91,24 @@ class QwenTokenizer(PreTrainedTokenizerFast):
         if continue_final_message:
             return ids[:-1]
         if add_generation_prompt:
-            ids += [*self._newline, self._turn, *self._encode_plain("assistant"), *self._newline]
+            ids += [*self._newline, self._turn, *self.encode_plain("assistant"), *self._newline]
         return ids
 
     def _message(self, role: str, content: str) -> list[int]:
-        header = [self._turn, *self._encode_plain(role), *self._newline]
-        return [*header, *self._encode_plain(content), self._turn_end]
-
-    def _encode_plain(self, text: str) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
+        header = [self._turn, *self.encode_plain(role), *self._newline]
+        return [*header, *self.encode_plain(content), self._turn_end]
 
 
 def _turns(messages: Sequence[dict[str, Any]]) -> tuple[str, list[list[dict[str, str]]]]:
     """The system message, and the others in turns that begin with a user's message each."""
     system, turns = SYSTEM, list[list[dict[str, str]]]()
-    for index, message in enumerate(messages):
-        role, content = message.get("role"), message.get("content")
-        if not isinstance(content, str):
-            raise InvalidRequestError(f"messages[{index}]: content must be a string.", "messages")
+    for index, (role, content) in enumerate(texts_of(messages)):
         if role == "system" and index == 0:
             system = content
         elif role not in ("user", "assistant"):
             raise InvalidRequestError(
                 f"messages[{index}]: this model knows the roles user and assistant, and system for "
-                f"the first message; not {str(role)[:60]!r}.",
+                f"the first message; not {role[:60]!r}.",
                 "messages",
             )
         elif role == "user" or not turns:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models
 from tokenizers.normalizers import Prepend, Replace
 from tokenizers.normalizers import Sequence as Normalizers
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
 from tokenizers.pre_tokenizers import Split
 
 from jaxserve.errors import CheckpointError, UnsupportedModelError
@@ -108,11 +109,12 @@ def sentence_piece_bpe(model: SentencePiece, specials: Sequence[str]) -> Tokeniz
         unk_token=unknown[0] if unknown else None,
         fuse_unk=True,
         byte_fallback=model.bytes_too,
-        ignore_merges=bool(whole),  # what stands alone between pieces that users defined
     )
     tokenizer = Tokenizer(backend)
     if whole:
-        tokenizer.pre_tokenizer = Split(Regex(_alone(model, whole)), "isolated")
+        cuts = _cuts(tokenizer, sorted(vocab.keys() - set(whole)))
+        backend.ignore_merges = True  # pieces that users defined, which stand alone
+        tokenizer.pre_tokenizer = PreTokenizers([_alone(whole), *cuts])
     changes: list[Any] = [Replace(" ", SPACE)]
     if model.one_space:
         changes[:0] = [Replace(Regex(" {2,}"), " "), Replace(Regex(r"\A "), "")]
@@ -136,16 +138,43 @@ def _free(name: str, vocab: dict[str, int]) -> str:
     return f"<{name}>" if name in vocab else name
 
 
-def _alone(model: SentencePiece, whole: Sequence[str]) -> str:
-    """A pattern of the pieces that users defined, the longest first: they merge with nothing. Text
-    between two of them that only looks like a special piece loses its first character to it, or
-    ``ignore_merges`` would take it for that piece."""
+def _alone(whole: Sequence[str]) -> Split:
+    """Sets the pieces that users defined apart, the longest first: they merge with nothing."""
     own = "|".join(map(re.escape, sorted(whole, key=len, reverse=True)))
-    looks = "|".join(
-        rf"{re.escape(text[0])}(?={re.escape(text[1:])}(?:{own}|\z))"
-        for text in model.of_type(UNKNOWN, CONTROL, BYTE)
+    return Split(Regex(own), "isolated")
+
+
+def _cuts(tokenizer: Tokenizer, others: Iterable[str]) -> list[Split]:
+    """What cuts texts that ``ignore_merges`` would take for another piece than a user's.
+
+    Such a text has the spelling of a piece that merges don't lead to: of a control piece or a
+    byte, which texts never are, or of a normal piece off the merges' path. Its first token is cut
+    off, and again as long as the rest is such a text: no merge crosses the end of a token.
+
+    Args:
+        tokenizer: without ``ignore_merges``; gives the tokens that are right.
+        others: the pieces that users didn't define.
+
+    Raises:
+        UnsupportedModelError: such a text is one unknown token, and there is no place to cut.
+    """
+    first = {}
+    for text in others:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+        if encoding.tokens != [text] and len(text) > 1:
+            first[text] = encoding.offsets[0][1]
+            if first[text] == len(text):
+                raise UnsupportedModelError(
+                    f"the SentencePiece model has the piece {text!r}, whose characters are no "
+                    "pieces, besides pieces that users defined; this is not supported."
+                )
+    depth = {"": 0}
+    for text in sorted(first, key=len):
+        depth[text] = 1 + depth.get(text[first[text] :], 0)
+    starts = "|".join(
+        rf"{re.escape(text[:end])}(?={re.escape(text[end:])}\z)" for text, end in first.items()
     )
-    return rf"{own}|(?:\A|(?<={own}))(?:{looks})"
+    return [Split(Regex(rf"\A(?:{starts})"), "isolated")] * max(depth.values())
 
 
 def merges(model: SentencePiece) -> list[tuple[str, str]]:

@@ -240,19 +240,25 @@ def specified(case: Case, arguments: dict[str, Any]) -> tuple[np.ndarray | None,
 
 def poison(case: Case, arguments: dict[str, Any]) -> dict[str, Any]:
     """The arguments with NaN where nobody may read: pages and slots behind each lane's last token,
-    the pages of no lane, the padding's page 0."""
-    pools = ("k_pages", "v_pages")
-    return arguments | {name: poisoned(arguments[name], case.lanes, arguments) for name in pools}
+    pages before its window, the pages of no lane, the padding's page 0."""
+    pools, window = ("k_pages", "v_pages"), case.sliding_window
+    return arguments | {
+        name: poisoned(arguments[name], case.lanes, arguments, window) for name in pools
+    }
 
 
 def poisoned(
-    pages: jax.Array, lanes: tuple[tuple[int, int], ...], arguments: dict[str, Any]
+    pages: jax.Array,
+    lanes: tuple[tuple[int, int], ...],
+    arguments: dict[str, Any],
+    window: int | None = None,
 ) -> jax.Array:
     """Pages [pages, heads, page_size, size] with NaN where nobody may read."""
     page_size = pages.shape[2]
     readable = np.zeros((pages.shape[0], page_size), bool)
     table, rows = (np.asarray(a) for a in (arguments["page_table"], arguments["batch"].row))
-    for row, (_, total) in zip(rows, lanes, strict=False):
-        token = np.arange(total)
+    for row, (new, total) in zip(rows, lanes, strict=False):
+        lowest = 0 if window is None else max(total - new - window + 1, 0)
+        token = np.arange(lowest // page_size * page_size, total)
         readable[table[row, token // page_size], token % page_size] = True
     return jnp.where(jnp.asarray(readable)[:, None, :, None], pages, jnp.nan)

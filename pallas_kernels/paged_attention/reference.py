@@ -138,6 +138,8 @@ def _attend(
     q = q.astype(wide) * rules.scale
     chunk_tokens = chunk_pages * page_size
     variant, per_head = rules.variant, (kv_heads, group, 1)
+    # Each lane's first query; far behind where there is none.
+    furthest = jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max // 2).min(1)
 
     def step(chunk: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         values, top, total = carry
@@ -158,8 +160,11 @@ def _attend(
         new_top = jnp.maximum(top, scores.max((-2, -1)))
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None, None])
-        # A slot behind the lane's end may hold another request's NaN, and 0 times NaN is NaN.
+        # A slot behind the lane's end, or in a page before its window, may hold another request's
+        # NaN, and 0 times NaN is NaN.
         own = key <= position.max(1)[:, None, None]
+        if rules.window is not None:
+            own &= key > (furthest - rules.window)[:, None, None]
         v = jnp.where(own[:, :, None, :, None], v, 0)
         added = jnp.einsum("nkgbps,npksd->nkgbd", weights, v, precision=jax.lax.Precision.HIGHEST)
         values = values * shrink[..., None] + added
@@ -174,8 +179,7 @@ def _attend(
     last = position.max() + 1
     first = jnp.zeros_like(last)
     if rules.window is not None:
-        furthest = jnp.where(position >= 0, position, jnp.iinfo(jnp.int32).max // 2).min()
-        first = jnp.maximum(furthest - rules.window + 1, 0) // chunk_tokens
+        first = jnp.maximum(furthest.min() - rules.window + 1, 0) // chunk_tokens
     chunks = (last + chunk_tokens - 1) // chunk_tokens
     carry = jnp.zeros((*shape, value_size), wide), top, total
     values, _, total = jax.lax.fori_loop(first, chunks, step, carry)

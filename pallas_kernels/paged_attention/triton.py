@@ -169,7 +169,8 @@ def _tile_kernel(
     end = jnp.minimum(kv_len, first_position + step_tokens)
     start = 0
     if window is not None:
-        start = lax.div(jnp.maximum(first_position - window + 1, 0), tile) * tile
+        # Not a slot of an earlier page: whoever owns that now may have left NaN there.
+        start = lax.div(jnp.maximum(first_position - window + 1, 0), page_size) * page_size
 
     def step(i, carry, masked):
         key = start + i * tile + jnp.arange(tile)

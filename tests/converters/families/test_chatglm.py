@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,11 @@ import pytest
 from converters import open_checkpoint
 from converters.families import chatglm
 from jaxserve.errors import CheckpointError, UnsupportedModelError
+from jaxserve.tokenizer import Tokenizer
+from tests.helpers import chatglm_vocab
+from tests.helpers.conversations import conversation
 from tests.helpers.families import Arithmetic, Case, FamilyTests, FullSize, Shapes, Tensors
+from tests.helpers.models_doc import CHAT
 
 CHATGLM3_6B = {
     "model_type": "chatglm",
@@ -108,8 +112,12 @@ def rms_norm(config: Mapping[str, Any], x: np.ndarray, weight: np.ndarray) -> np
 def rotate(config: Mapping[str, Any], x: np.ndarray) -> np.ndarray:
     """Turns neighbours in the first half of each head: x [T, heads, size]."""
     rotated = x.shape[-1] // 2
-    base = 10000.0 * config.get("rope_ratio", 1)
-    angles = np.outer(np.arange(len(x)), base ** (-np.arange(0, rotated, 2) / rotated))[:, None]
+    base, places, ratio = 10000.0, np.arange(len(x)), config.get("rope_ratio", 1)
+    if "chatglm2" in config.get("_name_or_path", ""):
+        places = places / ratio
+    else:
+        base *= ratio
+    angles = np.outer(places, base ** (-np.arange(0, rotated, 2) / rotated))[:, None]
     even, odd = x[..., 0:rotated:2], x[..., 1:rotated:2]
     out = x.copy()
     out[..., 0:rotated:2] = even * np.cos(angles) - odd * np.sin(angles)
@@ -163,9 +171,13 @@ class TestChatGLM(FamilyTests):
             {
                 "num_attention_heads": 14,
                 "architectures": ["ChatGLMForConditionalGeneration"],
+                "_name_or_path": "THUDM/chatglm3-6b-32k",
                 "rope_ratio": 50,
                 "layernorm_epsilon": 1.5625e-07,
             }
+        ),
+        "ChatGLM2, positions divided": Case(
+            {"_name_or_path": "THUDM/chatglm2-6b-32k", "rope_ratio": 16}
         ),
         "4 KV heads, no biases": Case(
             {"num_attention_heads": 4, "multi_query_group_num": 4, "add_qkv_bias": False}
@@ -226,6 +238,28 @@ def test_other_arithmetic_is_refused(change: dict[str, Any]) -> None:
 def test_values_without_sense_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         chatglm.config({**SMALL, **change})
+
+
+@pytest.mark.parametrize("name", [None, "/models/mine", "/chatglm2-to-chatglm3"])
+def test_a_rope_ratio_of_either_meaning_is_refused(name: str | None) -> None:
+    """ChatGLM2 divides positions by it, ChatGLM3 multiplies the base."""
+    change = {"_name_or_path": name, "rope_ratio": 50}
+    with pytest.raises(UnsupportedModelError, match="nothing here tells which of them this is"):
+        chatglm.config(CHATGLM3_6B | change)
+    assert chatglm.config(GLM_4_9B | change).rope_specs[0].theta == 500_000
+    chatglm.config(CHATGLM3_6B | change | {"rope_ratio": 1})
+
+
+@pytest.mark.parametrize("kind", chatglm_vocab.KINDS)
+def test_a_conversation_has_the_tokens_of_the_familys_own_code(
+    kind: str, tmp_path: Path, family: Callable[..., None]
+) -> None:
+    tokenizer = Tokenizer(chatglm_vocab.write_kind(tmp_path, kind))
+    history, query = [("你好", "Hi")], "1 + 1?<|user|></s>"
+    _, ids = tokenizer.chat(conversation(history, query), add_generation_prompt=True)
+    assert ids == chatglm_vocab.published_prompt(kind, query, history)
+    for architecture in chatglm.ARCHITECTURES:
+        family(architecture, CHAT, "own code")
 
 
 def test_settings_that_change_nothing_are_accepted() -> None:

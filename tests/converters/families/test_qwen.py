@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,12 @@ import pytest
 
 from converters import families, open_checkpoint
 from jaxserve.errors import CheckpointError, UnsupportedModelError
+from jaxserve.tokenizer import Tokenizer
+from tests.helpers import qwen_vocab
 from tests.helpers.arithmetic import attend, rms_norm, rotate, silu
+from tests.helpers.conversations import conversation
 from tests.helpers.families import Arithmetic, Case, FamilyTests, FullSize, Shapes, Tensors
+from tests.helpers.models_doc import CHAT
 
 SMALL = {
     "model_type": "qwen",
@@ -181,6 +185,17 @@ def test_chat_models_end_their_turns(
     (tmp_path / "config.json").write_text(json.dumps(SMALL))
     (tmp_path / "generation_config.json").write_text(json.dumps(generation))
     assert open_checkpoint(tmp_path, "dummy").eos_token_ids == ends
+
+
+def test_a_conversation_has_the_tokens_of_the_familys_own_code(
+    tmp_path: Path, family: Callable[..., None]
+) -> None:
+    tokenizer = Tokenizer(str(qwen_vocab.write(tmp_path, chat_format="chatml")))
+    history, query, system = [("你好", "Hi")], "1 + 1?<|im_end|>", "Be brief."
+    messages = conversation(history, query, system)
+    _, ids = tokenizer.chat(messages, add_generation_prompt=True)
+    assert ids == qwen_vocab.published_context(query, history, system, 6144)
+    family(SMALL["architectures"][0], CHAT, "own code")
 
 
 def test_code_of_the_checkpoint_is_named_and_not_run(

@@ -154,6 +154,7 @@ def test_the_model_gets_each_token_where_it_belongs(
     # What is left over writes to the padding page, attends to nothing and reads nothing unknown.
     np.testing.assert_array_equal(inputs.write_page[0, at:], PADDING_PAGE)
     np.testing.assert_array_equal(inputs.positions[at:], 0)
+    np.testing.assert_array_equal(inputs.is_token, np.arange(tokens) < at)
     count = len(parts)
     for name in ("query_len", "kv_len", "decode_count"):
         np.testing.assert_array_equal(getattr(inputs.attention, name)[count:], 0)

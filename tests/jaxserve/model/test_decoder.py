@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,15 @@ from jaxserve.model.config import (
     LayerSpec,
     MLPSpec,
     ModelConfig,
+    MoESpec,
     NormSpec,
     RopeScaling,
     RopeSpec,
+    RouterSpec,
 )
 from jaxserve.quant import linear
+from pallas_kernels.dispatch import Kernels
+from pallas_kernels.expert_ffn import reference
 from tests.helpers.checkpoints import make_checkpoint, prompt
 from tests.helpers.dense import PAGE_SIZE, dense_logits, prompt_inputs, zero_cache
 from tests.helpers.loading import load
@@ -107,6 +112,29 @@ def test_two_calls_with_a_cut_between_them_give_the_same_logits(tmp_path: Path) 
     )
     second, _ = decoder.forward(config, weights, cache, rest)
     np.testing.assert_allclose(np.concatenate([first, second]), whole, atol=1e-5)
+
+
+def test_padding_is_sent_to_no_experts() -> None:
+    chosen = []
+
+    def spy(x: jax.Array, experts: jax.Array, *arguments: Any, **options: Any) -> jax.Array:
+        jax.debug.callback(lambda array: chosen.append(np.asarray(array)), experts)
+        return reference.expert_ffn(x, experts, *arguments, **options)
+
+    moe = MoESpec(8, 16, RouterSpec(2))
+    layer = LayerSpec(AttentionSpec(2, 1, 16, 0.25), moe, NORM)
+    config = ModelConfig("Test", 50, 32, 64, (layer,), NORM, False, 32)
+    weights = {path: jnp.ones(p.shape) for path, p in decoder.declare(config).items()}
+    inputs = prompt_inputs(config, [1] * 8)
+    attention = dataclasses.replace(
+        inputs.attention, query_len=jnp.array([5]), kv_len=jnp.array([5])
+    )
+    cache = zero_cache(config, 2, PAGE_SIZE, jnp.dtype("float32"), make_mesh(1))
+    inputs = dataclasses.replace(inputs, attention=attention)
+    decoder.forward(config, weights, cache, inputs, Kernels(expert_ffn=spy))
+    jax.effects_barrier()
+    (experts,) = chosen
+    assert (experts[:5] >= 0).all() and (experts[5:] == -1).all()
 
 
 @pytest.mark.parametrize("kind", ["silu", "gelu", "gelu_tanh", "relu"])

@@ -115,14 +115,16 @@ def test_absorbing_the_maps_changes_nothing(name: str) -> None:
     inputs = prompt_inputs(model(spec), ids())
     ((cache,), _) = zero_cache(model(spec), 4, PAGE_SIZE, jnp.dtype("float32"), make_mesh(1))
     cos_sin = rope.cos_sin(spec.rope, inputs.positions, inputs.rope_lengths)
-    terms, _ = mla.apply(spec, weights, jnp.asarray(x, jnp.float32), (cache,), inputs, cos_sin)
+    terms, _ = mla.apply(
+        spec, weights, jnp.asarray(x, jnp.float32), (cache,), inputs.of_table(0), cos_sin
+    )
     want = plain(spec, {k: np.asarray(v, np.float64) for k, v in weights.items()}, x)
     np.testing.assert_allclose(terms.sum(0), want, atol=2e-5 * np.abs(want).max())
 
 
 def part(inputs: StepInputs, start: int, stop: int) -> StepInputs:
     """The tokens ``start : stop`` of a prompt in one lane."""
-    per_token = ("token_ids", "positions", "rope_lengths", "write_page", "write_slot")
+    per_token = ("token_ids", "positions", "rope_lengths", "write_slot")
     lengths = {"query_len": np.array([stop - start]), "kv_len": np.array([stop])}
     sizes = plan_sizes(1, stop - start, SPEC.num_heads, split=False)
     arrays = {**lengths, **plan(**lengths, sizes=sizes)}
@@ -134,6 +136,7 @@ def part(inputs: StepInputs, start: int, stop: int) -> StepInputs:
     return dataclasses.replace(
         inputs,
         **{name: getattr(inputs, name)[start:stop] for name in per_token},
+        write_page=inputs.write_page[:, start:stop],
         sample_index=jnp.arange(stop - start),
         attention=batch,
     )

@@ -3,114 +3,49 @@ rules of their conversations."""
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import io
-import json
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import regex
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from jaxserve.errors import CheckpointError, InvalidRequestError, UnsupportedModelError
 from jaxserve.tokenizer import FastTextStream, Tokenizer
 from jaxserve.vocab.sentence_piece import read_model
-from tests.jaxserve.vocab.test_qwen import CORPUS, RANKS, merged
-
-GLM_4_PATTERN = regex.compile(
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"""
-    r"""| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+from tests.helpers import chatglm_vocab
+from tests.helpers.chatglm_vocab import (
+    GLM_4,
+    LIBRARY,
+    MEDIA,
+    MODEL,
+    SENTENCES,
+    plain,
+    published_chatglm2,
+    published_turns,
+    special,
+    start,
+    train,
+    write,
+    write_kind,
 )
-SENTENCES = [
-    *CORPUS.split("\n"),
-    "[Round 1]\n\n问：你好吗\n\n答：我很好，谢谢！",
-    "philosophy sop shop ababab abababab ------- aaaaaaa",
-] * 20
+from tests.helpers.conversations import conversation, message
+
 TYPED = "<|user|> [gMASK] sop <|assistant|></s><unk><0x0A> <sop> <|endoftext|>"
 """What looks like special tokens."""
-CHATGLM2 = ["[MASK]", "[gMASK]", "[sMASK]", "sop", "eop"]
-ROLES = ["<|system|>", "<|user|>", "<|assistant|>", "<|observation|>"]
-GLM_4 = ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", *ROLES]
-MEDIA = ["<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>"]
-
-
-def train(**changes: Any) -> bytes:
-    """A SentencePiece model with the settings that ChatGLM's has."""
-    model = io.BytesIO()
-    options: dict[str, Any] = {
-        "vocab_size": 420,
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False,
-        "split_digits": True,
-        "allow_whitespace_only_pieces": True,
-        "character_coverage": 0.98,
-        "minloglevel": 2,
-    }
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES), model_writer=model, **(options | changes)
-    )
-    return model.getvalue()
-
-
-MODEL = train()
-LIBRARY = sentencepiece.SentencePieceProcessor(model_proto=MODEL)
-
-
-def write(directory: Path, model: bytes = MODEL, **config: Any) -> str:
-    """A checkpoint's tokenizer files."""
-    (directory / "tokenizer.model").write_bytes(model)
-    (directory / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "ChatGLMTokenizer", "model_max_length": 99, **config})
-    )
-    return str(directory)
-
-
-def write_glm_4(directory: Path) -> str:
-    lines = [f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in RANKS.items()]
-    return write(directory, "".join(lines).encode(), tokenizer_class="ChatGLM4Tokenizer")
-
-
 Made = dict[str, Tokenizer]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     """A tokenizer of each kind."""
-
-    def make(how: Callable[..., str], name: str, **config: Any) -> Tokenizer:
-        return Tokenizer(how(tmp_path_factory.mktemp(name), **config))
-
     return {
-        "chatglm2": make(write, "chatglm2", name_or_path="THUDM/chatglm2-6b"),
-        "chatglm3": make(write, "chatglm3", name_or_path="THUDM/chatglm3-6b"),
-        "glm-4": make(write_glm_4, "glm-4"),
+        kind: Tokenizer(write_kind(tmp_path_factory.mktemp(kind), kind))
+        for kind in chatglm_vocab.KINDS
     }
-
-
-def plain(kind: str, text: str) -> list[int]:
-    """The tokens of a text in which nothing is special."""
-    if kind != "glm-4":
-        return LIBRARY.encode(text)
-    return [token for match in GLM_4_PATTERN.findall(text) for token in merged(match.encode())]
-
-
-def special(kind: str, *names: str) -> list[int]:
-    """The ids of special tokens, which follow the vocabulary in the published order."""
-    order = {"chatglm2": CHATGLM2, "chatglm3": CHATGLM2 + ROLES, "glm-4": GLM_4 + MEDIA}[kind]
-    first = len(RANKS) if kind == "glm-4" else LIBRARY.vocab_size()
-    return [first + order.index(name) for name in names]
-
-
-def start(kind: str) -> list[int]:
-    return special(kind, "[gMASK]", "<sop>" if kind == "glm-4" else "sop")
 
 
 PARTS = [
@@ -128,7 +63,7 @@ texts = st.one_of(
     st.lists(st.sampled_from(" ".join(SENTENCES[:8]).split(" "))).map(" ".join),
     st.just(TYPED),
 )
-KINDS = pytest.mark.parametrize("kind", ["chatglm2", "chatglm3", "glm-4"])
+KINDS = pytest.mark.parametrize("kind", chatglm_vocab.KINDS)
 
 
 # --- Texts ----------------------------------------------------------------------------------------
@@ -152,7 +87,7 @@ def test_chatglm2_gives_any_text_the_tokens_of_the_sentencepiece_library(
         {"remove_extra_whitespaces": True},
         {"add_dummy_prefix": False},
         {"byte_fallback": False, "vocab_size": 300},
-        {"user_defined_symbols": ["ab", "[/"]},
+        {"control_symbols": ["ab", "[/", "ha ha"]},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -169,6 +104,56 @@ def test_other_settings_of_sentencepiece_are_followed(
         assert tokenizer.encode(text, add_special_tokens=False) == library.encode(text)
 
     equal()
+
+
+OWN = ["ab", "bc", "[/", "s>", "<0", "0A>", "\u2581x"]
+"""Pieces that users define: some overlap, some are parts of other pieces' spelling."""
+SPECIAL = ["</s>", "<s>", "<unk>", "<0x41>", "<0x0A>", "[ctl]"]
+SPELLING = [*OWN, *SPECIAL, "</", "<", "un", " ", "c", "k"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"user_defined_symbols": ["ab", "[/"]},
+        {"user_defined_symbols": OWN},
+        {"user_defined_symbols": ["ab", "[/"], "add_dummy_prefix": False},
+        {"user_defined_symbols": OWN, "byte_fallback": False, "vocab_size": 300},
+    ],
+    ids=("two", "many", "no prefix", "no bytes"),
+)
+def test_text_between_pieces_of_users_is_never_a_special_piece(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    """Though it has the spelling of a control piece, a byte or the unknown piece. The model's own
+    pieces cross parts of such spellings, or lie off the merges' path."""
+    spelled = ["".join(SPELLING[i::3] + SPELLING[i % 5 :: 2]) for i in range(15)]
+    model = train(SENTENCES + spelled * 9, control_symbols=["[ctl]"], **changes)
+    library = sentencepiece.SentencePieceProcessor(model_proto=model)
+    tokenizer = Tokenizer(write(tmp_path, model))
+
+    @given(text=st.lists(st.sampled_from(SPELLING), max_size=6).map("".join))
+    @settings(max_examples=400, deadline=None)
+    @example("ab</s>ab")
+    @example("</s>")
+    @example("[/<0x41>ab")
+    @example("ab<unk>[/")
+    @example("ab</s></s>ab<unk>")
+    def equal(text: str) -> None:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == library.encode(text)
+        assert not any(library.is_control(token) for token in ids)
+
+    equal()
+
+
+def test_a_special_piece_that_text_can_not_be_kept_from_is_refused(tmp_path: Path) -> None:
+    """All its characters are unknown: the library gives one unknown token for the whole."""
+    model = train(
+        user_defined_symbols=["ab"], control_symbols=["♠♣"], byte_fallback=False, vocab_size=300
+    )
+    with pytest.raises(CheckpointError, match="'♠♣', whose characters are no pieces"):
+        Tokenizer(write(tmp_path, model))
 
 
 @given(text=texts.filter(lambda text: not any(name in text for name in GLM_4 + MEDIA)))
@@ -219,29 +204,6 @@ def test_a_special_token_whose_name_is_a_piece_keeps_its_own_id(tmp_path: Path) 
 # --- Conversations --------------------------------------------------------------------------------
 
 
-def message(role: str, content: str, **more: str) -> dict[str, str]:
-    return {"role": role, "content": content, **more}
-
-
-def published_chatglm2(query: str, history: Sequence[tuple[str, str]]) -> list[int]:
-    """build_prompt, then the tokenizer's call."""
-    rounds = [
-        f"[Round {i}]\n\n问：{old}\n\n答：{answer}\n\n"
-        for i, (old, answer) in enumerate(history, start=1)
-    ]
-    prompt = "".join(rounds) + f"[Round {len(history) + 1}]\n\n问：{query}\n\n答："
-    return start("chatglm2") + LIBRARY.encode(prompt)
-
-
-def published_turns(kind: str, messages: Sequence[dict[str, str]]) -> list[int]:
-    """build_single_message of each, and the tokens before and after."""
-    ids = start(kind)
-    for each in messages:
-        ids += special(kind, f"<|{each['role']}|>")
-        ids += plain(kind, f"{each.get('metadata', '')}\n") + plain(kind, each["content"])
-    return ids + special(kind, "<|assistant|>")
-
-
 contents = st.one_of(texts, st.sampled_from(["\n\nhi", " hi", "答：", TYPED]))
 histories = st.lists(st.tuples(contents, contents), max_size=3)
 
@@ -252,10 +214,7 @@ def test_chatglm2_numbers_its_rounds(
     made: Made, history: list[tuple[str, str]], query: str, system: str | None
 ) -> None:
     """A system message goes before the last question, as in the family's own server."""
-    messages = [] if system is None else [message("system", system)]
-    for question, answer in history:
-        messages += [message("user", question), message("assistant", answer)]
-    messages.append(message("user", query))
+    messages = conversation(history, query, system)
     _, ids = made["chatglm2"].chat(messages, add_generation_prompt=True)
     assert ids == published_chatglm2((system or "") + query, history)
     template = made["chatglm2"].apply_chat_template(messages, add_generation_prompt=True)
@@ -336,6 +295,8 @@ def test_a_last_message_can_be_continued(made: Made, kind: str) -> None:
         ("chatglm3", [message("critic", "x")], "not 'critic'"),
         ("glm-4", [{"role": "user", "content": None}], r"messages\[0\]: content must be a string"),
         ("glm-4", [{"role": "user"}], "content must be a string"),
+        ("glm-4", [message("assistant", "", tool_calls="x")], "tool_calls is not supported"),
+        ("chatglm3", [message("system", "x", tools="y")], r"\[0\]: tools is not supported"),
     ],
 )
 def test_messages_that_a_model_does_not_know_are_refused(
@@ -343,6 +304,12 @@ def test_messages_that_a_model_does_not_know_are_refused(
 ) -> None:
     with pytest.raises(InvalidRequestError, match=word):
         made[kind].chat(messages, add_generation_prompt=True)
+
+
+@KINDS
+def test_tools_are_refused(made: Made, kind: str) -> None:
+    with pytest.raises(InvalidRequestError, match="tools: this model's conversations have no such"):
+        made[kind].chat([message("user", "x")], tools=[{"type": "function"}])
 
 
 # --- Files ----------------------------------------------------------------------------------------

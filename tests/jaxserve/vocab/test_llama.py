@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from jaxserve.tokenizer import Tokenizer
+from tests.helpers.sentence_pieces import train_bpe
 
 CORPUS = [
     "The quick brown fox jumps over 12 lazy dogs, again and again and again.",
@@ -40,19 +40,7 @@ texts = st.one_of(
 
 def train(**options: Any) -> bytes:
     """A SentencePiece model with the settings of Llama's."""
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(CORPUS),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=450,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-        **options,
-    )
-    return model.getvalue()
+    return train_bpe(CORPUS, vocab_size=450, **options)
 
 
 LLAMA = train()

@@ -1,87 +1,22 @@
-"""Qwen 1's tokenizer against its published algorithm, written out plainly here."""
+"""Qwen 1's tokenizer against its published algorithm, written out plainly."""
 
 from __future__ import annotations
 
-import base64
-import collections
 import copy
-import itertools
-import json
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
-import regex
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxserve.errors import CheckpointError, InvalidRequestError
 from jaxserve.tokenizer import Tokenizer
 from jaxserve.vocab.byte_bpe import read_ranks
-
-PATTERN = regex.compile(
-    r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
-    r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
-)
-CORPUS = (
-    "The quick brown fox's jumped over 12 lazy dogs, hadn't it?\n\n"
-    "  aaaa aaaaaaaa hahahaha ------ \t\t    \n深度求索 你好，世界！こんにちは "
-    "naïve café ÅÅ Привет мир def f(x):\n        return x ** 2\n"
-) * 3
-
-
-def train(text: str) -> dict[bytes, int]:
-    """Ranks as byte-pair training gives them: the bytes, then the most frequent pairs, until every
-    piece of the text is one token."""
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    pieces = [[bytes([b]) for b in match.encode()] for match in PATTERN.findall(text)]
-    while any(len(piece) > 1 for piece in pieces):
-        counts = collections.Counter(pair for piece in pieces for pair in itertools.pairwise(piece))
-        best = max(counts, key=lambda pair: (counts[pair], pair))
-        ranks.setdefault(best[0] + best[1], len(ranks))
-        for piece in pieces:
-            at = 0
-            while at < len(piece) - 1:
-                if (piece[at], piece[at + 1]) == best:
-                    piece[at : at + 2] = [best[0] + best[1]]
-                at += 1
-    return ranks
-
-
-RANKS = train(CORPUS)
-END, TURN, TURN_END = range(len(RANKS), len(RANKS) + 3)
-SPECIALS = {"<|endoftext|>": END, "<|im_start|>": TURN, "<|im_end|>": TURN_END}
-
-
-def merged(piece: bytes) -> list[int]:
-    """tiktoken's algorithm: the adjacent pair of the lowest rank, the leftmost first."""
-    parts = [bytes([byte]) for byte in piece]
-    while True:
-        joined = enumerate(a + b for a, b in itertools.pairwise(parts))
-        pairs = [(RANKS[token], at) for at, token in joined if token in RANKS]
-        if not pairs:
-            return [RANKS[part] for part in parts]
-        at = min(pairs)[1]
-        parts[at : at + 2] = [parts[at] + parts[at + 1]]
-
-
-def plain(text: str) -> list[int]:
-    """The tokens of a text in which nothing is special."""
-    text = unicodedata.normalize("NFC", text)
-    return [token for match in PATTERN.findall(text) for token in merged(match.encode())]
-
-
-def write(directory: Path, **generation: Any) -> Path:
-    """A checkpoint's tokenizer files."""
-    directory.mkdir(exist_ok=True)
-    lines = [f"{base64.b64encode(token).decode()} {rank}" for token, rank in RANKS.items()]
-    (directory / "qwen.tiktoken").write_text("\n".join(lines) + "\n")
-    auto_map = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
-    config = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer", "auto_map": auto_map}
-    (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    (directory / "generation_config.json").write_text(json.dumps(generation))
-    return directory
+from tests.helpers.byte_ranks import CORPUS, RANKS
+from tests.helpers.conversations import conversation
+from tests.helpers.qwen_vocab import END, TURN, TURN_END, plain, published_context, write
 
 
 @pytest.fixture(scope="module")
@@ -127,25 +62,6 @@ def test_a_prompt_may_name_special_tokens(chat_tokenizer: Tokenizer) -> None:
 # --- Conversations --------------------------------------------------------------------------------
 
 
-def published_context(
-    query: str, history: list[tuple[str, str]], system: str, max_window_size: int
-) -> list[int]:
-    """The tokens of the published make_context for the format "chatml"."""
-    newline = plain("\n")
-
-    def message(role: str, content: str) -> list[int]:
-        return [TURN, *plain(role), *newline, *plain(content), TURN_END]
-
-    start, context = message("system", system), []
-    for turn_query, turn_response in reversed(history):
-        turn = newline + message("user", turn_query) + newline + message("assistant", turn_response)
-        if len(start) + len(turn) + len(context) >= max_window_size:
-            break
-        context = turn + context
-    end = [*newline, TURN, *plain("assistant"), *newline]
-    return start + context + newline + message("user", query) + end
-
-
 contents = st.one_of(texts, st.sampled_from(["\n\nhi", "<|im_end|>\n<|im_start|>system", "", " "]))
 
 
@@ -164,10 +80,7 @@ def test_a_conversation_has_the_tokens_of_the_published_code(
     system: str | None,
     window: int,
 ) -> None:
-    messages = [] if system is None else [{"role": "system", "content": system}]
-    for turn in history:
-        messages += [{"role": r, "content": c} for r, c in zip(("user", "assistant"), turn)]
-    messages.append({"role": "user", "content": query})
+    messages = conversation(history, query, system)
     before = copy.deepcopy(messages)
     chat_tokenizer.hf._window = window
     text, ids = chat_tokenizer.chat(messages, add_generation_prompt=True)
@@ -215,6 +128,7 @@ def test_another_template_replaces_the_format(tmp_path: Path, chat_tokenizer: To
         ([{"role": "user", "content": "x"}, {"role": "system", "content": "y"}], "first message"),
         ([{"role": "user", "content": [{"type": "text", "text": "x"}]}], "must be a string"),
         ([{"role": "user"}], "must be a string"),
+        ([{"role": "user", "content": "x", "tool_calls": [{}]}], "tool_calls is not supported"),
         ([{"role": "system", "content": "x"}], "none of a user"),
     ],
 )
@@ -223,6 +137,13 @@ def test_messages_that_the_format_lacks_are_refused(
 ) -> None:
     with pytest.raises(InvalidRequestError, match=word):
         chat_tokenizer.chat(messages)
+
+
+def test_options_that_the_format_lacks_are_refused(chat_tokenizer: Tokenizer) -> None:
+    messages = [{"role": "user", "content": "hi"}]
+    with pytest.raises(InvalidRequestError, match="tools: this model's conversations have no such"):
+        chat_tokenizer.chat(messages, tools=[{"type": "function"}])
+    assert chat_tokenizer.chat(messages, tools=None) == chat_tokenizer.chat(messages)
 
 
 def test_a_base_model_has_no_template(tmp_path: Path) -> None:

@@ -36,6 +36,8 @@ LAYERS = {
     "Mixtral on 8 devices": replace(MIXTRAL_8X7B, num_experts=1),
     "Qwen3 30B": QWEN3_30B_A3B,
     "gpt-oss 20B": GPT_OSS,
+    "Mixtral in float32": replace(MIXTRAL_8X7B, dtype="float32"),
+    "more than 4 GB": replace(QWEN3_30B_A3B, num_experts=256, hidden=7168, ffn=2048),
     "60 narrow experts": replace(QWEN3_30B_A3B, num_experts=60, top_k=4, ffn=1408),
 }
 
