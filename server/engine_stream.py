@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from jaxserve.engine.request import TokenLogprobs
 
 
-@dataclass(frozen=True, slots=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):
     """What one step brought for a request; what several did, when the reader is slow.
 
     Attributes:
@@ -107,8 +105,7 @@ def _merged(first: TokenEvent, then: TokenEvent) -> TokenEvent:
     logprobs = first.logprobs
     if logprobs is not None:
         logprobs.extend(then.logprobs or ())
-    return dataclasses.replace(
-        then,
+    return then._replace(
         token_ids=first.token_ids,
         logprobs=logprobs,
         prompt_logprobs=first.prompt_logprobs,
