@@ -232,11 +232,11 @@ def _whole_characters(
     would one whose context ends with U+FFFD, even a real one: such a prompt gives no context.
     """
     tail = list(prompt_ids[-(CONTEXT + MAX_CHARACTER_TOKENS) :])
-    real = tokenizer.encode(REPLACEMENT, add_special_tokens=False)
     for cut in range(min(MAX_CHARACTER_TOKENS, len(tail)) + 1):
         whole, rest = tail[: len(tail) - cut], tail[len(tail) - cut :]
         if not tokenizer.decode(whole, skip_special_tokens).endswith(REPLACEMENT):
             return whole[-CONTEXT:], rest
+        real = tokenizer.encode(REPLACEMENT, add_special_tokens=False)
         if whole[-len(real) :] == real:
             return [], rest
     return [], []

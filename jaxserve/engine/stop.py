@@ -21,6 +21,8 @@ class StopStrings:
     def feed(self, text: str) -> str:
         """Takes the next piece; returns what may be shown. Sets ``matched`` once a stop is found,
         after which all further text is dropped."""
+        if not self._stops:
+            return text
         if self.matched is not None:
             return ""
         text = self._held + text
@@ -41,7 +43,7 @@ class StopStrings:
 
     def _held_back(self, text: str) -> int:
         """Length of the longest end of the text that begins a stop string."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
+        longest = max(map(len, self._stops)) - 1
         for size in range(min(longest, len(text)), 0, -1):
             tail = text[len(text) - size :]
             if any(stop.startswith(tail) for stop in self._stops):

@@ -161,7 +161,8 @@ def test_a_failed_step_costs_no_edit_and_nothing_that_was_read_of_a_prompt(
     params = [one.replace(prompt_logprobs=1) for one in asked]
     with small_llm(directory, decode_shape=False) as llm:
         want = llm.generate(prompts, params, use_tqdm=False)
-        llm._engine._runner = FaultyRunner(llm._engine._runner, {2: "dispatch", 7: "collect"}.get)
+        faults = {2: "dispatch", 7: "collect"}
+        llm._engine._runner = FaultyRunner(llm._engine._runner, faults.get, llm._engine.stats)
         outputs = llm.generate(prompts, params, use_tqdm=False)
         assert llm.stats.recoveries == 2
     assert [output.outputs[0].token_ids for output in outputs] == wanted

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jaxserve import LLM, EngineConfig, InvalidRequestError, SamplingParams
+from server import wire
 from server.engine_client import EngineClient, Startup
 from server.engine_supervisor import EngineProcess
 from tests.helpers.engine_processes import until
@@ -44,10 +45,18 @@ def test_a_model_behind_the_socket_gives_what_it_gives_without_one(wanted: list[
     async def scene() -> None:
         process = EngineProcess(EngineConfig(**SETTINGS))
         client = EngineClient(process)
+        take = client._take
+        stages.append(client.startup)
+
+        def note(message: wire.Message) -> None:
+            take(message)
+            if client.state != "ready":
+                stages.append(client.startup)
+
+        client._take = note  # type: ignore[method-assign]
         await client.start()
         try:
             while client.state != "ready":
-                stages.append(client.startup)
                 await asyncio.sleep(0.005)
             await check_tokens(client, wanted)
             await check_embeddings(client)

@@ -19,7 +19,7 @@ from jaxserve.bench.workload import Item
 from jaxserve.errors import ConfigError
 from tests.helpers.engines import small_llm
 
-HARDWARE = Hardware(1e9, 1e12)
+HARDWARE = Hardware(1e11, 1e14)
 
 
 @pytest.fixture(scope="module")
