@@ -258,8 +258,7 @@ def test_a_conversation_has_the_tokens_of_the_familys_own_code(
     history, query = [("你好", "Hi")], "1 + 1?<|user|></s>"
     _, ids = tokenizer.chat(conversation(history, query), add_generation_prompt=True)
     assert ids == chatglm_vocab.published_prompt(kind, query, history)
-    for architecture in chatglm.ARCHITECTURES:
-        family(architecture, CHAT, "own code")
+    family("ChatGLMModel", CHAT, "own code")  # its other architecture name means the same
 
 
 def test_settings_that_change_nothing_are_accepted() -> None:
