@@ -75,7 +75,7 @@ class PageAllocator:
             if self._ref_counts[page] == 0:
                 self._free[page] = None
 
-    def match(self, hashes: Sequence[bytes]) -> list[int]:
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
         """The cached pages of the longest known prefix of ``hashes``. Takes no reference."""
         pages = []
         for hash_ in hashes:

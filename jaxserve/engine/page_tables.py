@@ -10,6 +10,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
+import numpy as np
+
 from jaxserve.engine.decision import Decision
 from jaxserve.engine.page_allocator import PADDING_PAGE, PageAllocator, page_hash
 from jaxserve.engine.request import Request
@@ -66,7 +68,7 @@ class PageTables:
         size = self.allocator.page_size
         return most_pages(self.windows, num_tokens, size, self._num_tokens_ahead)
 
-    def promised(self, requests: Sequence[Request], computed: Sequence[int]) -> int:
+    def promised(self, requests: Sequence[Request], num_computed_tokens: np.ndarray) -> int:
         """Pages that running requests don't hold yet, but will when their prompts are computed.
 
         Without windows that is none: then a request gets all columns of its prompt at once.
@@ -75,7 +77,7 @@ class PageTables:
             return 0
         return sum(
             max(self.most_pages(len(request.token_ids)) - held(request.pages), 0)
-            for request, done in zip(requests, computed)
+            for request, done in zip(requests, num_computed_tokens.tolist())
             if done < len(request.token_ids)
         )
 
@@ -95,7 +97,7 @@ class PageTables:
         found = none
         for table, window in enumerate(self.windows):
             if window is None:
-                found[table] = self.allocator.match([_key(h, table) for h in hashes[:count]])
+                found[table] = self.allocator.match(_key(h, table) for h in hashes[:count])
                 count = len(found[table])
         for table, _ in self._windowed:
             found[table] = [self.allocator.find(_key(h, table)) for h in hashes[:count]]

@@ -200,7 +200,7 @@ class Scheduler:
     def _num_spoken_for(self) -> int:
         """Free pages that the requests that run will want: a column for each, so that the next one
         of them that needs it preempts nobody, and what their prompts still lack."""
-        computed = self.running.columns.num_computed_tokens.tolist()
+        computed = self.running.columns.num_computed_tokens
         promised = self.tables.promised(self.running.requests, computed)
         return promised + len(self.running) * self.tables.num_tables
 

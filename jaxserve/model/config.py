@@ -11,10 +11,10 @@ import functools
 import json
 import types
 import typing
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from jaxserve.model.page_groups import PageGroups, group_layers
 
 
 @dataclass(frozen=True)
@@ -295,7 +295,9 @@ class ModelConfig:
     @functools.cached_property
     def page_groups(self) -> PageGroups:
         """Which layers share page tables."""
-        return group_layers(self.layers, self.max_model_len)
+        windows = [layer.attention.sliding_window for layer in self.layers]
+        cached = [layer.attention.cached for layer in self.layers]
+        return group_layers(windows, cached, self.max_model_len)
 
     @property
     def rope_specs(self) -> tuple[RopeSpec, ...]:
@@ -326,61 +328,6 @@ class ModelConfig:
     def from_json(cls, text: str) -> ModelConfig:
         """Reads what ``to_json`` wrote."""
         return _from_plain(cls, json.loads(text))
-
-
-@dataclass(frozen=True)
-class PageGroups:
-    """How layers share page tables and the cache's arrays.
-
-    A table's layers see the same tokens, so they want the same pages. All tables have as many
-    places for layers, and layers with the same place in different tables share an array of pages:
-    a page holds keys and values of one table's layers, whichever table that is.
-
-    Attributes:
-        windows: per table, the sliding window of its layers; None if they see everything.
-        table, place: per layer.
-        num_places: arrays (or pairs of them) that the cache has.
-    """
-
-    windows: tuple[int | None, ...]
-    table: tuple[int, ...]
-    place: tuple[int, ...]
-    num_places: int
-
-
-MAX_TABLES = 8
-
-
-def group_layers(layers: Sequence[LayerSpec], max_model_len: int) -> PageGroups:
-    """The grouping that leaves the fewest places empty, with at most MAX_TABLES tables.
-
-    Args:
-        layers: of the model.
-        max_model_len: windows at least that long are none.
-    """
-    windows = [layer.attention.sliding_window for layer in layers]
-    windows = [w if w is not None and w < max_model_len else None for w in windows]
-    if len({layer.attention.cached for layer in layers}) > 1:  # they can't share arrays
-        widest = None if None in windows else max(w for w in windows if w is not None)
-        windows = [widest] * len(layers)
-    counts = Counter(windows)
-
-    def tables(places: int) -> int:
-        return sum(-(-count // places) for count in counts.values())
-
-    sizes = [n for n in range(1, max(counts.values()) + 1) if tables(n) <= MAX_TABLES]
-    places = min(sizes, key=lambda n: (tables(n) * n, -n))
-    seen: Counter[int | None] = Counter()
-    first, all_windows = {}, list[int | None]()
-    for window, count in counts.items():
-        first[window] = len(all_windows)
-        all_windows += [window] * -(-count // places)
-    table, place = [], []
-    for window in windows:
-        table.append(first[window] + seen[window] // places)
-        place.append(seen[window] % places)
-        seen[window] += 1
-    return PageGroups(tuple(all_windows), tuple(table), tuple(place), places)
 
 
 def _from_plain(kind: Any, value: Any) -> Any:
