@@ -11,7 +11,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 from tqdm.auto import tqdm
 
 from converters import Checkpoint, resolve_model
@@ -85,15 +84,10 @@ def build(wanted: EngineConfig, checkpoint: Checkpoint, timeline: Timeline) -> B
     model = decoder.for_tensor_parallel(checkpoint.config, config.tensor_parallel_size)
     model = dataclasses.replace(model, max_model_len=config.max_model_len)
     mesh = make_mesh(config.tensor_parallel_size)
-    dtype = _dtype(config.dtype, checkpoint.config.dtype, facts.platform)
+    dtype = choose_dtype(config.dtype, checkpoint.config.dtype, facts.platform)
     tree = decoder.declare(model)
     specs = model_params.partition_specs(tree, LOGICAL_TO_MESH, mesh.shape)
-    weights = {
-        path: jax.ShapeDtypeStruct(
-            param.shape, param.dtype_in(dtype), sharding=NamedSharding(mesh, specs[path])
-        )
-        for path, param in tree.items()
-    }
+    weights = model_params.sharded(tree, dtype, mesh, specs)
     given = fraction if facts.platform == "gpu" else 1.0  # other allocators have all memory
     memory = plan_memory(config, model, weights, mesh, dtype, given)
     windows = model.page_groups.windows
@@ -144,7 +138,7 @@ def _fit(
     return config
 
 
-def _dtype(wanted: str, checkpoint: str, platform: str) -> jnp.dtype:
+def choose_dtype(wanted: str, checkpoint: str, platform: str) -> jnp.dtype:
     """The dtype of weights, activations and cache."""
     name = DTYPES[wanted]
     if name == "auto":

@@ -158,6 +158,11 @@ class ResolvedConfig(EngineConfig):
     max_num_batched_tokens: int = 0
     run_ahead: int = 1
 
+    @property
+    def num_tokens_ahead(self) -> int:
+        """Most tokens whose steps are under way or being decided at a time."""
+        return (self.run_ahead + 1) * self.max_num_batched_tokens
+
 
 def _check_positive(name: str, value: Any, optional: bool = False) -> None:
     if optional and value is None:

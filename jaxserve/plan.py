@@ -6,9 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh
 
-from jaxserve.config import DTYPES, DeviceFacts, EngineConfig
+from jaxserve.build import choose_dtype
+from jaxserve.config import DeviceFacts, EngineConfig
 from jaxserve.distributed import LOGICAL_TO_MESH, TENSOR
 from jaxserve.engine.memory import activation_bytes, shard_bytes
 from jaxserve.engine.page_tables import longest_sequence, most_pages
@@ -79,24 +80,16 @@ def make_plan(wanted: EngineConfig, model: ModelConfig, device_memory: int | Non
     split = decoder.for_tensor_parallel(model, size)
     split = dataclasses.replace(split, max_model_len=config.max_model_len)
     mesh = AbstractMesh((size,), (TENSOR,))
-    name = DTYPES[config.dtype]
-    if name == "auto":
-        name = "bfloat16" if model.dtype == "float32" else model.dtype
-    dtype = jax.numpy.dtype(name)
+    dtype = choose_dtype(config.dtype, model.dtype, "gpu")
     tree = decoder.declare(split)
     specs = model_params.partition_specs(tree, LOGICAL_TO_MESH, dict(mesh.shape))
-    weights = [
-        jax.ShapeDtypeStruct(
-            param.shape, param.dtype_in(dtype), sharding=NamedSharding(mesh, specs[path])
-        )
-        for path, param in tree.items()
-    ]
+    weights = model_params.sharded(tree, dtype, mesh, specs)
     pages = jax.tree.leaves(kv_cache.shapes(split, 1, config.block_size, dtype, mesh))
-    device_weights = sum(map(shard_bytes, weights))
+    device_weights = sum(map(shard_bytes, weights.values()))
     device_page = sum(map(shard_bytes, pages))
     activations = activation_bytes(config, split, dtype)
     windows = split.page_groups.windows
-    ahead = (config.run_ahead + 1) * config.max_num_batched_tokens
+    ahead = config.num_tokens_ahead
     usable = number = longest = None
     if device_memory is not None:
         usable = int(device_memory * config.gpu_memory_utilization)

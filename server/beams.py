@@ -11,7 +11,7 @@ from jaxserve.engine.request import TokenLogprobs
 from jaxserve.errors import RequestFailedError
 from jaxserve.outputs import Logprob
 from server.engine_client import EngineStream, TokenEvent
-from server.generation import Completion, Run, check, waiting
+from server.generation import Completion, Run, check
 from server.protocol.sampling import Options
 from server.service import Prompt, Service
 
@@ -107,9 +107,8 @@ class BeamRun(Run):
 
 async def _only_event(stream: EngineStream) -> TokenEvent:
     """The event of a request for one token."""
-    with waiting():
-        async for event in stream:
-            return check(event)
+    async for event in stream:
+        return check(event)
     raise RequestFailedError("The engine ended the generation without a reason.")
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -15,21 +14,12 @@ from jaxserve.engine.request import FinishReason
 from jaxserve.errors import RequestFailedError
 from jaxserve.outputs import Generation, Logprob, completion_params
 from jaxserve.sampling.params import SamplingParams
-from server.engine_client import EngineStream, OverloadedError, TokenEvent
+from server.engine_client import EngineStream, TokenEvent
 from server.errors import ApiError, unavailable
 from server.protocol.sampling import Options
 from server.service import Prompt, Service
 
 TokenLogprobs = dict[int, Logprob]
-
-
-@contextlib.contextmanager
-def waiting() -> Iterator[None]:
-    """While a stream is read: an engine's queue that had room, but no end, is told as such."""
-    try:
-        yield
-    except OverloadedError as error:
-        raise unavailable(str(error), "queue_timeout", error.retry_after_s) from None
 
 
 def check(event: TokenEvent) -> TokenEvent:
@@ -238,14 +228,13 @@ class Run:
         }
 
     async def _follow(self, completion: Completion, stream: EngineStream) -> AsyncIterator[Delta]:
-        with waiting():
-            async for event in stream:
-                delta = completion.take(event)
-                self._measure(delta)
-                yield delta
-                if completion.output.finish_reason is not None:
-                    stream.abort()  # after a stop string the engine doesn't know that it is over
-                    return
+        async for event in stream:
+            delta = completion.take(event)
+            self._measure(delta)
+            yield delta
+            if completion.output.finish_reason is not None:
+                stream.abort()  # after a stop string the engine doesn't know that it is over
+                return
         raise RequestFailedError("The engine ended the generation without a reason.")
 
     async def _merge(

@@ -142,7 +142,7 @@ def plan_memory(
         in_use, limit = psutil.Process().memory_info().rss, psutil.virtual_memory().total
         # More than every row's longest sequence would never be used.
         windows = model.page_groups.windows
-        one = most_pages(windows, config.max_model_len, config.block_size, _tokens_ahead(config))
+        one = most_pages(windows, config.max_model_len, config.block_size, config.num_tokens_ahead)
         most = config.max_num_seqs * one * page_bytes
         available = (psutil.virtual_memory().available - weight_bytes * mesh.size) // 2
         cache_bytes = min(CPU_CACHE_BYTES, most, available)
@@ -186,11 +186,7 @@ def room_for(plan: MemoryPlan, config: ResolvedConfig, windows: Sequence[int | N
     Args:
         windows: of the model's page tables, see PageTables.
     """
-    return longest_sequence(windows, plan.num_pages - 1, config.block_size, _tokens_ahead(config))
-
-
-def _tokens_ahead(config: ResolvedConfig) -> int:
-    return (config.run_ahead + 1) * config.max_num_batched_tokens
+    return longest_sequence(windows, plan.num_pages - 1, config.block_size, config.num_tokens_ahead)
 
 
 def check_fits(
@@ -207,7 +203,7 @@ def check_fits(
     room = room_for(plan, config, windows)
     if room < config.max_model_len:
         length = config.max_model_len
-        pages = most_pages(windows, length, config.block_size, _tokens_ahead(config))
+        pages = most_pages(windows, length, config.block_size, config.num_tokens_ahead)
         needed = pages * plan.page_bytes / GIB
         shorter = f"Set max_model_len={room} or less, or raise" if room else "Raise"
         raise ConfigError(

@@ -15,7 +15,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 Params = dict[str, jax.Array]
 
@@ -66,6 +66,21 @@ def abstract(tree: Mapping[str, Param], dtype: jnp.dtype) -> dict[str, jax.Shape
     return {
         path: jax.ShapeDtypeStruct(param.shape, param.dtype_in(dtype))
         for path, param in tree.items()
+    }
+
+
+def sharded(
+    tree: Mapping[str, Param],
+    dtype: jnp.dtype,
+    mesh: Mesh | AbstractMesh,
+    specs: Mapping[str, PartitionSpec],
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """As ``abstract``, with the shardings that ``specs`` give."""
+    return {
+        path: jax.ShapeDtypeStruct(
+            aval.shape, aval.dtype, sharding=NamedSharding(mesh, specs[path])
+        )
+        for path, aval in abstract(tree, dtype).items()
     }
 
 

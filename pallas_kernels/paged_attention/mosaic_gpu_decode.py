@@ -42,6 +42,7 @@ from pallas_kernels.paged_attention.mosaic_gpu_prefill import (
     _product,
 )
 from pallas_kernels.paged_attention.mosaic_gpu_shape import (
+    COMPILER_PARAMS,
     CONSUMER_ROWS,
     PART_COLUMNS,
     PARTS_AT_ONCE,
@@ -143,14 +144,7 @@ def _kernel(
         run,
         out_type,
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            # The barriers that this leaves out guard memory that a thread reads and writes itself.
-            # Here each thread does both to the same elements only, and commit_smem is a barrier.
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=COMPILER_PARAMS,
         interpret=shape.interpret,
     )
 

@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.paged_attention.batch import AttentionBatch
 from pallas_kernels.paged_attention.mosaic_gpu_shape import (
     CHUNK,
+    COMPILER_PARAMS,
     CONSUMER_ROWS,
     CONSUMERS,
     Shape,
@@ -82,14 +83,7 @@ def prefill(
     kernel = pl.kernel(
         body,
         mesh=mesh,
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            # The barriers that this leaves out guard memory that a thread reads and writes itself.
-            # Here each thread does both to the same elements only, and commit_smem is a barrier.
-            unsafe_no_auto_barriers=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-        ),
+        compiler_params=COMPILER_PARAMS,
         interpret=shape.interpret,
     )
     out = jax.new_ref(q, memory_space=plgpu.GMEM)

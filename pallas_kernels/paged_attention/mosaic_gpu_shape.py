@@ -19,6 +19,14 @@ CONSUMER_ROWS = 64  # rows of one wgmma
 ROWS = CONSUMERS * CONSUMER_ROWS
 WARPS = 4  # of a warpgroup
 CHUNK = 8  # rows after which the pattern of swizzled memory repeats
+COMPILER_PARAMS = plgpu.CompilerParams(
+    approx_math=True,
+    # The barriers that this leaves out guard memory that a thread reads and writes itself. In our
+    # kernels each thread does both to the same elements only, and commit_smem is a barrier.
+    unsafe_no_auto_barriers=True,
+    reduction_scratch_bytes=0,
+    lowering_semantics=plgpu.LoweringSemantics.Lane,
+)
 
 
 @dataclass(frozen=True)

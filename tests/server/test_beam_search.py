@@ -14,7 +14,7 @@ from jaxserve import LLM
 from jaxserve.beam_search import BeamSearchParams, BeamSearchSequence, beam_search
 from jaxserve.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxserve.sampling.params import SamplingParams
-from server.engine_client import OverloadedError
+from server.engine_client import QueueTimeoutError
 from tests.helpers.fake_engine_client import VOCAB, FakeEngineClient, next_logprobs
 from tests.helpers.serving import demo_tokenizer, front_end, story, until
 from tests.server.running import ask, free_port, running
@@ -237,7 +237,7 @@ def fail(engine: FakeEngineClient) -> None:
 
 
 def wait_too_long(engine: FakeEngineClient) -> None:
-    engine.queue_error = OverloadedError("It waited too long.", 4)
+    engine.queue_error = QueueTimeoutError("It waited too long.", 4)
 
 
 def die(engine: FakeEngineClient) -> None:

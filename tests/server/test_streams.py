@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from server.engine_client import OverloadedError
+from server.engine_client import QueueTimeoutError
 from tests.helpers.fake_engine_client import FakeEngineClient
 from tests.helpers.serving import front_end, parse_events, story, until
 
@@ -62,7 +62,7 @@ def test_more_completions_than_the_queue_could_take_are_refused_for_good() -> No
 def test_waiting_too_long_in_the_queue_is_503(stream: bool) -> None:
     async def main() -> None:
         async with front_end() as front:
-            front.engine.queue_error = OverloadedError("It waited too long.", 4)
+            front.engine.queue_error = QueueTimeoutError("It waited too long.", 4)
             body = {**ENDLESS, "stream": stream}
             status, reply, headers = await front.request("POST", "/v1/completions", body)
             assert (status, reply["error"]["code"]) == (503, "queue_timeout")
