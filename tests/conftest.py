@@ -1,4 +1,7 @@
-"""Eight virtual CPU devices, so that sharding is tested everywhere; ``gpu`` tests need a GPU."""
+"""Eight virtual CPU devices, so that sharding is tested everywhere; ``gpu`` tests need a GPU.
+
+Property tests draw the same examples in every run, and take the time they need.
+"""
 
 import os
 
@@ -8,8 +11,18 @@ if flag not in os.environ.get("XLA_FLAGS", ""):
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 from tests.helpers.models_doc import ModelsDoc  # noqa: E402
+
+settings.register_profile(
+    "deterministic",
+    derandomize=True,
+    database=None,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("deterministic")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

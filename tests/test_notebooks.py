@@ -9,6 +9,8 @@ import nbclient
 import nbformat
 import pytest
 
+from tests.helpers.patience import within
+
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
 
 
@@ -21,7 +23,7 @@ def test_notebook_runs(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
     notebook = nbformat.read(path, as_version=4)
     client = nbclient.NotebookClient(
-        notebook, timeout=120, resources={"metadata": {"path": str(path.parents[1])}}
+        notebook, timeout=within(120), resources={"metadata": {"path": str(path.parents[1])}}
     )
     client.execute()  # raises what a cell raises
 

@@ -78,7 +78,7 @@ def grown(draw, pair: Pair) -> Pair:
     return pair
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_any_composition_equals_numpy(data):
     shape = data.draw(st.lists(st.integers(1, 6), max_size=3))

@@ -121,7 +121,7 @@ SOUND = pack(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.integers(0, len(SOUND) - 1), st.binary(max_size=4), st.integers(0, 4))
 def test_mutations_load_or_are_refused(tmp_path_factory, place, patch, cut):
     damaged = SOUND[:place] + patch + SOUND[place + cut :]

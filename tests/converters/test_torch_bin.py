@@ -154,7 +154,7 @@ def test_truncated_files(tmp_path, zipped):
             torch_bin.open_file(path)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), st.booleans())
 def test_mutations_load_or_are_refused(tmp_path_factory, data, zipped):
     path = tmp_path_factory.getbasetemp() / "mutated.bin"

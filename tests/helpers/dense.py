@@ -59,5 +59,6 @@ def dense_logits(config: ModelConfig, params: Params, token_ids: list[int]) -> n
     dtype = params["embed/tokens"].dtype
     inputs = prompt_inputs(config, token_ids)
     cache = zero_cache(config, inputs.page_table.size + 1, PAGE_SIZE, dtype, mesh)
-    logits, _ = decoder.forward(config, params, cache, inputs)
+    forward = jax.jit(decoder.forward, static_argnums=0)
+    logits, _ = forward(config, params, cache, inputs)
     return np.asarray(logits)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import sys
-import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 from jaxserve import EngineConfig
 from server.engine_client import EngineClient
 from server.engine_supervisor import LONGEST_SILENCE_S, EngineProcess
+from tests.helpers.patience import until
 
 FAKE = (sys.executable, "-m", "tests.helpers.fake_engine_process")
 
@@ -49,17 +48,3 @@ async def fake_client(
         yield client
     finally:
         await client.close()
-
-
-async def until(condition: Callable[[], bool], timeout_s: float) -> float:
-    """Waits until a condition holds; returns how long that took.
-
-    Raises:
-        TimeoutError: it took too long.
-    """
-    began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > timeout_s:
-            raise TimeoutError(f"not within {timeout_s} s")
-        await asyncio.sleep(0.01)
-    return time.monotonic() - began

@@ -62,7 +62,8 @@ class ModelsDoc:
     def _complete(self) -> bool:
         """Whether all tests were asked for."""
         option = self._config.option
-        chosen = option.keyword or option.markexpr or option.lf or option.deselect
+        last_failed = getattr(option, "lf", False)  # of a plugin that may be off
+        chosen = option.keyword or option.markexpr or last_failed or option.deselect
         return self._config.args == self._config.getini("testpaths") and not chosen
 
     def _render(self) -> str:

@@ -15,9 +15,11 @@ import aiohttp
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.helpers.patience import within
+
 LEFT_OVER = ("num_requests_running", "num_requests_waiting", "kv_pages_used", "open_streams")
 """Series that are zero when nobody uses the server."""
-QUIET_S = 10.0
+QUIET_S = within(5.0)
 """After the last client has left, all of them are zero within this."""
 
 

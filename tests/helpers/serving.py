@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import json
 import socket
@@ -111,10 +110,3 @@ async def front_end(
             yield Front(engine, port, session)
     finally:
         await runner.cleanup()
-
-
-async def until(condition: Any, seconds: float = 1.0) -> None:
-    """Waits until something is true; fails if it isn't in time."""
-    async with asyncio.timeout(seconds):
-        while not condition():
-            await asyncio.sleep(0.005)

@@ -13,8 +13,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -22,6 +24,7 @@ import aiohttp
 import numpy as np
 
 from tests.helpers.mixed_load import Load, Plan, Tally
+from tests.helpers.patience import until
 from tests.helpers.server_watch import (
     Usage,
     Watch,
@@ -38,8 +41,13 @@ COMPILED_WITHIN_S = 90.0
 MAX_RSS_GROWTH, RSS_NOISE_MIB = 1.05, 4.0
 
 
-async def soak(plan: Plan, pid: int, port: int) -> dict[str, Any]:
-    """Loads the server of this process and port; returns the figures that ``main`` prints."""
+async def soak(
+    plan: Plan, pid: int, port: int, enough: Callable[[Tally], bool] = lambda tally: True
+) -> dict[str, Any]:
+    """Loads the server of this process and port; returns the figures that ``main`` prints.
+
+    The load lasts as long as planned, and then until there has been ``enough``.
+    """
     watch, url = Watch(pid), f"http://127.0.0.1:{port}"
     async with aiohttp.ClientSession() as session:
         idle = await _used_once(session, url, watch)
@@ -51,6 +59,7 @@ async def soak(plan: Plan, pid: int, port: int) -> dict[str, Any]:
             before, cpu = await scrape(session, url), watch.cpu_s()
             async with watch.sampling():
                 await asyncio.sleep(plan.seconds)
+                await until(lambda: enough(tally), 60)
             after = await scrape(session, url)
             user, system = (now - then for now, then in zip(watch.cpu_s(), cpu))
             await load.stop()
@@ -100,7 +109,7 @@ async def _warm_up(session: aiohttp.ClientSession, url: str, least_s: float) -> 
 
 
 def _ttft(tally: Tally, seconds: float, parts: int) -> list[dict[str, float]]:
-    """p50 and p99 for each part of the time."""
+    """p50 and p99 for each part of the time; NaN where no stream began."""
     groups: list[list[float]] = [[] for _ in range(parts)]
     for began, ttft in tally.ttft:
         place = int((began - tally.began) / seconds * parts)
@@ -108,7 +117,7 @@ def _ttft(tally: Tally, seconds: float, parts: int) -> list[dict[str, float]]:
             groups[place].append(ttft)
     result = []
     for group in groups:
-        p50, p99 = np.percentile(group, [50, 99])
+        p50, p99 = np.percentile(group or [math.nan], [50, 99])
         result.append({"streams": len(group), "p50_s": float(p50), "p99_s": float(p99)})
     return result
 

@@ -1,20 +1,10 @@
-"""Property tests draw the same examples in every run, and compiled programs stay in its folder."""
+"""Compiled programs stay in the folder of the test run."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, settings
-
-settings.register_profile(
-    "deterministic",
-    derandomize=True,
-    database=None,
-    deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
-settings.load_profile("deterministic")
 
 
 @pytest.fixture(scope="session", autouse=True)

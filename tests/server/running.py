@@ -17,6 +17,8 @@ from typing import Any
 
 import psutil
 
+from tests.helpers.patience import within
+
 FAKE = """
 import functools, sys
 from server import engine_supervisor, serve
@@ -27,9 +29,10 @@ CODE = """
 {before}
 import sys
 from jaxserve.__main__ import main
+from tests.helpers.patience import within
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
-SECONDS = 60.0
+SECONDS = within(15.0)
 NEVER = {"start": "never"}
 """An engine that is never ready."""
 

@@ -16,7 +16,8 @@ from jaxserve.outputs import CompletionOutput, Logprob, RequestOutput
 from jaxserve.sampling.params import SamplingParams
 from server.engine_client import QueueTimeoutError
 from tests.helpers.fake_engine_client import VOCAB, FakeEngineClient, next_logprobs
-from tests.helpers.serving import demo_tokenizer, front_end, story, until
+from tests.helpers.patience import timeout, until
+from tests.helpers.serving import demo_tokenizer, front_end, story
 from tests.server.running import ask, free_port, running
 
 BEAMS = {"use_beam_search": True, "n": 3, "max_tokens": 6, "return_token_ids": True}
@@ -221,7 +222,7 @@ def test_a_client_that_leaves_frees_all_its_beams(frozen: bool) -> None:
         front.engine.frozen = frozen
         await asyncio.sleep(0.03)
         task.cancel()
-        async with asyncio.timeout(1):  # between two rounds no beam is in the engine either
+        async with timeout(1):  # between two rounds no beam is in the engine either
             while (await front.get("/load"))[1] != {"server_load": 0}:
                 await asyncio.sleep(0.005)
         assert not front.engine.live
@@ -267,7 +268,7 @@ def test_what_happens_during_a_search_ends_it(happens: Any, status: int, code: s
         task = asyncio.create_task(front.post("/v1/completions", ENDLESS))
         await until(lambda: len(front.engine.live) == 3)
         happens(front.engine)
-        async with asyncio.timeout(2):
+        async with timeout(2):
             got, reply = await task
         assert (got, reply["error"]["code"]) == (status, code)
         assert not front.engine.live

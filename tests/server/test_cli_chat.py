@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import signal
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import pytest
 
 from jaxserve.__main__ import main
+from tests.helpers.patience import poll, within
 from tests.jaxserve.cli.command import start
 from tests.server.running import free_port, running
 
@@ -53,7 +53,7 @@ def chat(patch: pytest.MonkeyPatch, capsys: Any, turns: str, *words: str) -> tup
 def load(url: str) -> int:
     """Requests that the server works on."""
     request = urllib.request.Request(f"{url}/load", headers={"Authorization": f"Bearer {KEY}"})
-    with urllib.request.urlopen(request, timeout=10) as reply:
+    with urllib.request.urlopen(request, timeout=within(10)) as reply:
         return int(json.load(reply)["server_load"])
 
 
@@ -141,10 +141,7 @@ def test_ctrl_c_stops_the_answer_and_the_server_but_not_the_chat(url: str) -> No
         assert process.stdout.read(1)
         assert load(url) == 1
         process.send_signal(signal.SIGINT)
-        end = time.monotonic() + 1
-        while load(url):
-            assert time.monotonic() < end, "the server goes on"
-            time.sleep(0.02)
-        out, err = process.communicate("/set max_tokens 5\nAnd now?\n/stats\n", timeout=60)
+        poll(lambda: not load(url))
+        out, err = process.communicate("/set max_tokens 5\nAnd now?\n/stats\n", timeout=within(60))
     assert (process.returncode, err) == (0, "")
     assert " [stopped]\n" in out and "output 5 tokens" in out

@@ -12,6 +12,7 @@ import pytest
 
 from server.connections import REFUSAL_S
 from tests.helpers.many_connections import FAKE, hold, words
+from tests.helpers.patience import timeout
 from tests.server.running import Running, free_port, running
 
 FILES = 400
@@ -77,7 +78,7 @@ async def flood(server: Running, port: int) -> None:
     assert await stream == expected
     for _, writer in crowd:
         writer.transport.abort()
-    async with asyncio.timeout(10):
+    async with timeout(10):
         while await health(url) != 200:
             await asyncio.sleep(0.05)
 

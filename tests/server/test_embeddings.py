@@ -10,7 +10,8 @@ import pytest
 
 from server.engine_client import EngineClient
 from tests.helpers.engine_processes import fake_client
-from tests.helpers.serving import Front, front_end, until
+from tests.helpers.patience import timeout, until, within
+from tests.helpers.serving import Front, front_end
 from tests.server.test_engine_client import LONG, greedy, read, seconds_until_idle
 
 PATH = "/v1/embeddings"
@@ -20,7 +21,7 @@ def play(scene: Callable[[Front, EngineClient], Awaitable[None]], **options: Any
     """Runs a scene with a front-end before a process with a fake engine."""
 
     async def run() -> None:
-        async with asyncio.timeout(60), fake_client(pace="slow", **options) as client:
+        async with timeout(60), fake_client(pace="slow", **options) as client:
             most = options.get("max_queue", 1024)
             async with front_end(client, tokenizer=False, max_queue=most) as front:  # type: ignore[arg-type]
                 await scene(front, client)
@@ -51,7 +52,7 @@ def test_a_full_queue_is_429_and_nothing_of_the_request_stays_behind() -> None:
         assert int(headers["Retry-After"]) >= 1
         runs.abort()
         assert (await first)[0] == 200
-        assert await seconds_until_idle(client) < 1
+        assert await seconds_until_idle(client) < within(1)
 
     play(scene, engine={**LONG["engine"], "max_rows": 1}, max_queue=4)
 
@@ -85,7 +86,7 @@ def test_a_client_that_leaves_frees_the_engine() -> None:
         await until(lambda: client.num_waiting == 0, 3)
         assert (await front.get("/load"))[1] == {"server_load": 0}
         stream.abort()
-        assert await seconds_until_idle(client) < 1
+        assert await seconds_until_idle(client) < within(1)
 
     play(scene, engine={**LONG["engine"], "max_rows": 1})
 

@@ -15,8 +15,9 @@ import pytest
 
 from jaxserve import SamplingParams
 from server.engine_client import EngineClient, EngineDeadError
-from tests.helpers.engine_processes import fake_client, fake_process, until
+from tests.helpers.engine_processes import fake_client, fake_process
 from tests.helpers.fake_runner import naive
+from tests.helpers.patience import timeout, until, within
 from tests.server.test_engine_client import (
     LONG,
     VOCAB,
@@ -94,7 +95,7 @@ def test_after_kill_9_streams_get_an_error_and_the_process_is_started_again() ->
             assert (last.finish_reason, last.error) == ("error", "The engine has failed.")
         with pytest.raises(EngineDeadError):
             await question
-        assert time.monotonic() - killed < 2
+        assert time.monotonic() - killed < within(2)
         assert client.state == "dead"
         with pytest.raises(EngineDeadError, match="started again"):
             client.submit("too early", [1], greedy(1))
@@ -124,7 +125,7 @@ def test_each_death_in_a_row_doubles_the_delay(caplog: pytest.LogCaptureFixture)
 def test_without_restart_the_owner_is_told() -> None:
     async def scene(client: EngineClient) -> None:
         os.kill(pid_of(client), signal.SIGKILL)
-        async with asyncio.timeout(5):
+        async with timeout(5):
             assert await client.failed() == "the engine's process ended (signal 9)"
         assert client.state == "dead"
 
@@ -141,7 +142,7 @@ def test_an_engine_that_cannot_start_is_not_started_again(
     async def scene() -> None:
         client = EngineClient(fake_process(start=start))
         await client.start()
-        async with asyncio.timeout(10):
+        async with timeout(10):
             assert "exit code 3" in await client.failed()
         with pytest.raises(EngineDeadError):
             client.submit("a", [1], greedy(1))
@@ -172,7 +173,7 @@ def test_closing_ends_a_process_that_hangs() -> None:
             pid = pid_of(client)
             await asyncio.sleep(0.2)
             began = time.monotonic()
-        assert time.monotonic() - began < 6
+        assert time.monotonic() - began < within(6)
         assert not is_running(pid)
 
     asyncio.run(scene())
@@ -197,7 +198,7 @@ def test_the_process_ends_with_its_parent() -> None:
         pid = int(parent.stdout.readline())
         assert is_running(pid)
         parent.kill()
-    asyncio.run(asyncio.wait_for(until(lambda: not is_running(pid), 5), 6))
+    asyncio.run(until(lambda: not is_running(pid), 5))
 
 
 # --- a step hangs ---------------------------------------------------------------------------------
@@ -210,7 +211,7 @@ def test_a_hung_step_is_written_down_and_the_process_started_anew(
         first, began = pid_of(client), time.monotonic()
         _, last = await read(client.submit("a", [1, 2, 3], greedy(50)))
         assert last.finish_reason == "error"
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < within(5)
         assert client.last_heartbeat < time.monotonic() - 0.9, "it tells when it last got on"
         await until(lambda: client.state == "ready", 10)
         assert pid_of(client) != first
@@ -230,7 +231,7 @@ def test_compiling_a_program_late_is_no_hang() -> None:
         first = pid_of(client)
         reader = asyncio.create_task(read(client.submit("a", [1, 2, 3], greedy(20))))
         await until(lambda: client.compiling, 5)
-        assert time.monotonic() - client.last_heartbeat < 1
+        assert time.monotonic() - client.last_heartbeat < within(1)
         tokens, last = await reader
         assert (tokens, last.finish_reason) == (naive([1, 2, 3], 20, VOCAB), "length")
         assert pid_of(client) == first
@@ -263,7 +264,7 @@ def test_a_stopped_process_is_noticed_within_five_seconds_and_killed(
         for _, last in await asyncio.gather(*readers):
             assert (last.finish_reason, last.error) == ("error", "The engine has failed.")
         assert client.state == "dead"
-        assert 2 < time.monotonic() - stopped < 5
+        assert 2 < time.monotonic() - stopped < within(5)
         await until(lambda: client.state == "ready", 10)
         assert not is_running(first)
         assert (await read(client.submit("again", [1], greedy(9))))[0] == naive([1], 9, VOCAB)
@@ -300,7 +301,7 @@ def test_who_comes_back_after_its_requests_were_given_up_serves_on() -> None:
         os.kill(first, signal.SIGCONT)
         await until(lambda: client.state == "ready", 5)
         assert pid_of(client) == first
-        assert await seconds_until_idle(client) < 1, "what was given up was aborted"
+        assert await seconds_until_idle(client) < within(1), "what was given up was aborted"
 
     play(scene, pace="slow", **LONG)
 
@@ -310,6 +311,6 @@ def test_an_idle_engine_does_not_hang() -> None:
         pid = pid_of(client)
         await asyncio.sleep(2.5)
         assert (client.state, pid_of(client)) == ("ready", pid)
-        assert time.monotonic() - client.last_heartbeat < 1.5
+        assert time.monotonic() - client.last_heartbeat < within(1.5)
 
     play(scene, step_timeout_s=1)

@@ -15,7 +15,7 @@ from jaxserve import LLM, EngineConfig, InvalidRequestError, SamplingParams
 from server import wire
 from server.engine_client import EngineClient, Startup
 from server.engine_supervisor import EngineProcess
-from tests.helpers.engine_processes import until
+from tests.helpers.patience import until, within
 from tests.server.test_engine_client import read
 
 SETTINGS: dict[str, Any] = {
@@ -67,7 +67,7 @@ def test_a_model_behind_the_socket_gives_what_it_gives_without_one(wanted: list[
         finally:
             await client.close()
 
-    asyncio.run(asyncio.wait_for(scene(), 120))
+    asyncio.run(asyncio.wait_for(scene(), within(120)))
     names = list(dict.fromkeys(startup.stage for startup in stages))
     assert names[0] == "process"
     assert set(names) <= {"process", "checkpoint", "device", "weights", "allocating"}
@@ -119,4 +119,4 @@ async def check_sigterm(client: EngineClient, process: EngineProcess) -> None:
     os.kill(process.pid, signal.SIGTERM)
     assert (await read(stream))[1].finish_reason == "error"
     await until(lambda: process.pid is None, 2)
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < within(2)

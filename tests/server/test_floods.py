@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.fake_engine_client import FakeEngineClient
+from tests.helpers.patience import timeout, within
 from tests.helpers.serving import Front, front_end, story
 from tests.server.test_bad_input import attack
 
@@ -33,7 +34,7 @@ def play(attacks: Callable[[Front], Awaitable[None]], **settings: Any) -> None:
             status, _ = await front.post("/v1/completions", json.loads(BODY))
             assert status == 200
 
-    asyncio.run(asyncio.wait_for(main(), 60))
+    asyncio.run(asyncio.wait_for(main(), within(60)))
 
 
 async def connect(front: Front, stack: AsyncExitStack) -> Stream:
@@ -51,7 +52,7 @@ async def exchange(front: Front, data: bytes) -> bytes:
     async with AsyncExitStack() as stack:
         reader, writer = await connect(front, stack)
         writer.write(data)
-        async with asyncio.timeout(20):
+        async with timeout(20):
             return await reader.read()
 
 
@@ -111,7 +112,7 @@ def test_ten_thousand_requests_in_one_go_are_answered_in_order() -> None:
 
 async def all_closed(streams: list[Stream], seconds: float) -> list[bytes]:
     """What each connection brings until the server closes it; fails if one stays open."""
-    async with asyncio.timeout(seconds):
+    async with timeout(seconds):
         return await asyncio.gather(*(reader.read() for reader, _ in streams))
 
 
@@ -146,7 +147,7 @@ def test_a_hundred_streams_that_nobody_reads_are_cut_off() -> None:
             streams = [await connect(front, stack) for _ in range(100)]
             for _, writer in streams:
                 writer.write(f"{HEAD}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-            async with asyncio.timeout(30):
+            async with timeout(30):
                 while 'route="/v1/completions",status="499"} 100.0' not in await metrics(front):
                     await asyncio.sleep(0.1)
 

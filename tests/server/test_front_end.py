@@ -13,7 +13,8 @@ from jaxserve import EngineConfig
 from server.config import ServerConfig
 from server.front_end import FrontEnd
 from tests.helpers.fake_engine_client import FakeEngineClient
-from tests.helpers.serving import story, until
+from tests.helpers.patience import timeout, until, within
+from tests.helpers.serving import story
 
 
 class Client(FakeEngineClient):
@@ -54,7 +55,11 @@ async def reply(reader: asyncio.StreamReader, writer: Any, path: str) -> tuple[i
 
 
 @pytest.mark.parametrize("reason", ["signal", "dead engine"])
-def test_a_connection_accepted_just_before_the_end_gets_a_reply(reason: str) -> None:
+def test_a_connection_accepted_just_before_the_end_gets_a_reply(
+    reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.front_end.LAST_REPLIES_S", within(0.5))
+
     async def main() -> None:
         client, signals = Client(), Signal()
         with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -73,10 +78,13 @@ def test_a_connection_accepted_just_before_the_end_gets_a_reply(reason: str) -> 
             for _, writer in (first, second):
                 writer.close()
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), within(20)))
 
 
-def test_a_front_end_without_connections_ends_at_once() -> None:
+def test_a_front_end_without_connections_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It waits for no request that may be on its way."""
+    monkeypatch.setattr("server.front_end.LAST_REPLIES_S", 3600)
+
     async def main() -> None:
         client, signals = Client(), Signal()
         with socket.create_server(("127.0.0.1", 0)) as sock:
@@ -84,7 +92,7 @@ def test_a_front_end_without_connections_ends_at_once() -> None:
             running = asyncio.create_task(front.run(client, signals, True))  # type: ignore[arg-type]
             await asyncio.sleep(0.2)
             signals.came.set()
-            async with asyncio.timeout(0.4):
+            async with timeout(0.5):
                 assert await running == 0
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), within(20)))

@@ -11,7 +11,8 @@ import pytest
 
 from server.engine_client import QueueTimeoutError
 from tests.helpers.fake_engine_client import FakeEngineClient
-from tests.helpers.serving import front_end, parse_events, story, until
+from tests.helpers.patience import until
+from tests.helpers.serving import front_end, parse_events, story
 
 ENDLESS = {"prompt": "Hi", "max_tokens": 2000, "temperature": 0}
 

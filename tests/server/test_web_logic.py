@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from server.web_files import WEB_FOLDER
+from tests.helpers.patience import within
 
 Tree = list[Any]
 
@@ -57,7 +58,12 @@ class Scripts:
         program = f"{modules}import * as vocabulary from './vocabulary.js';\n{names}{main}{out}"
         command = [NODE, "--input-type=module", "-e", program]
         done = subprocess.run(
-            command, cwd=self._folder, capture_output=True, text=True, timeout=30, check=False
+            command,
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+            timeout=within(30),
+            check=False,
         )
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)

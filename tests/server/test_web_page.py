@@ -10,8 +10,7 @@ import json
 import re
 import shutil
 import threading
-import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from server.app import create_app, create_runner
 from server.config import ServerConfig
 from server.web_files import add_web
 from tests.helpers.fake_engine_client import STORY, FakeEngineClient
+from tests.helpers.patience import poll, within
 from tests.helpers.serving import demo_tokenizer, story
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -199,7 +199,7 @@ def address(api: FakeApi) -> Iterator[str]:
 def page(browser: Any, address: str) -> Iterator[Page]:
     """The page, opened; a test fails if its scripts raised or the browser refused something."""
     context = browser.new_context(viewport={"width": 1280, "height": 800})
-    context.set_default_timeout(5000)
+    context.set_default_timeout(1e3 * within(5))
     page = context.new_page()
     faults: list[str] = []
     page.on("pageerror", lambda fault: faults.append(str(fault)))
@@ -219,13 +219,6 @@ def say(page: Page, text: str) -> None:
 
 def wait_for_answer(page: Page) -> None:
     expect(page.locator(".assistant").last).to_have_attribute("aria-busy", "false")
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + 5
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
 
 
 def button(page: Page, name: str) -> Any:
@@ -638,9 +631,9 @@ class TestRealRoutes:
         engine.frozen = True
         say(page, "Hi")
         page.wait_for_function("document.querySelector('.assistant')")
-        wait_until(lambda: len(engine.live) == 1)
+        poll(lambda: len(engine.live) == 1)
         page.keyboard.press("Escape")
-        wait_until(lambda: not engine.live)
+        poll(lambda: not engine.live)
 
     def test_a_prompt_that_is_too_long_is_explained(self, page: Page) -> None:
         say(page, "long " * 3000)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 
+from tests.helpers.patience import within
+
 WITHOUT_TORCH = "import sys; sys.modules['torch'] = None\n"
 CODE = WITHOUT_TORCH + "from jaxserve.__main__ import main; sys.exit(main())"
 
@@ -26,5 +28,5 @@ def start(*words: str) -> subprocess.Popen[str]:
 def run(*words: str, stdin: str = "") -> tuple[int, str, str]:
     """(exit code, standard output, standard error) of a command."""
     with start(*words) as process:
-        out, err = process.communicate(stdin, timeout=120)
+        out, err = process.communicate(stdin, timeout=within(120))
     return process.returncode, out, err

@@ -70,7 +70,7 @@ KINDS = pytest.mark.parametrize("kind", chatglm_vocab.KINDS)
 
 
 @given(text=texts)
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_chatglm2_gives_any_text_the_tokens_of_the_sentencepiece_library(
     made: Made, text: str
 ) -> None:
@@ -99,7 +99,7 @@ def test_other_settings_of_sentencepiece_are_followed(
     tokenizer = Tokenizer(write(tmp_path, model))
 
     @given(text=texts)
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     def equal(text: str) -> None:
         assert tokenizer.encode(text, add_special_tokens=False) == library.encode(text)
 
@@ -133,7 +133,7 @@ def test_text_between_pieces_of_users_is_never_a_special_piece(
     tokenizer = Tokenizer(write(tmp_path, model))
 
     @given(text=st.lists(st.sampled_from(SPELLING), max_size=6).map("".join))
-    @settings(max_examples=400, deadline=None)
+    @settings(max_examples=400)
     @example("ab</s>ab")
     @example("</s>")
     @example("[/<0x41>ab")
@@ -157,7 +157,7 @@ def test_a_special_piece_that_text_can_not_be_kept_from_is_refused(tmp_path: Pat
 
 
 @given(text=texts.filter(lambda text: not any(name in text for name in GLM_4 + MEDIA)))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_glm_4_gives_any_text_the_tokens_of_tiktoken(made: Made, text: str) -> None:
     ids = plain("glm-4", text)
     assert made["glm-4"].encode(text) == start("glm-4") + ids
@@ -166,7 +166,7 @@ def test_glm_4_gives_any_text_the_tokens_of_tiktoken(made: Made, text: str) -> N
 
 @KINDS
 @given(text=texts, data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_a_stream_gives_the_text_of_its_tokens(
     made: Made, kind: str, text: str, data: st.DataObject
 ) -> None:
@@ -209,7 +209,7 @@ histories = st.lists(st.tuples(contents, contents), max_size=3)
 
 
 @given(history=histories, query=contents, system=st.none() | contents)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_chatglm2_numbers_its_rounds(
     made: Made, history: list[tuple[str, str]], query: str, system: str | None
 ) -> None:
@@ -223,7 +223,7 @@ def test_chatglm2_numbers_its_rounds(
 
 @pytest.mark.parametrize("kind", ["chatglm3", "glm-4"])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_later_models_encode_each_message_by_itself(
     made: Made, kind: str, data: st.DataObject
 ) -> None:
@@ -350,7 +350,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 @given(at=st.integers(0, 300), change=st.binary(max_size=3), cut=st.integers(0, 9))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_other_damage_gives_an_error_or_a_model(
     tmp_path_factory: pytest.TempPathFactory, at: int, change: bytes, cut: int
 ) -> None:

@@ -84,7 +84,7 @@ def pair(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokeni
 
 
 @given(text=texts)
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_llama_gives_any_text_the_tokens_of_transformers(
     pair: tuple[Tokenizer, Any], text: str
 ) -> None:
@@ -115,7 +115,7 @@ def test_more_tokens_than_the_model_has_are_left_to_transformers(tmp_path: Path)
 
 
 @given(text=texts)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_telechat_gives_any_text_the_tokens_of_sentencepiece(
     telechat: Tokenizer, text: str
 ) -> None:

@@ -33,7 +33,7 @@ texts = st.one_of(
 
 
 @given(text=texts)
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_the_tokens_of_any_text_are_those_of_the_published_algorithm(
     chat_tokenizer: Tokenizer, text: str
 ) -> None:
@@ -43,7 +43,7 @@ def test_the_tokens_of_any_text_are_those_of_the_published_algorithm(
 
 
 @given(data=st.lists(st.integers(0, 255), max_size=40).map(bytes))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_tokens_of_any_bytes_decode_to_their_text(chat_tokenizer: Tokenizer, data: bytes) -> None:
     ids = [RANKS[bytes([byte])] for byte in data]
     assert chat_tokenizer.decode(ids) == data.decode("utf-8", errors="replace")
@@ -71,7 +71,7 @@ contents = st.one_of(texts, st.sampled_from(["\n\nhi", "<|im_end|>\n<|im_start|>
     system=st.none() | contents,
     window=st.integers(1, 120),
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_conversation_has_the_tokens_of_the_published_code(
     tmp_path_factory: pytest.TempPathFactory,
     chat_tokenizer: Tokenizer,
