@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
 
 import aiohttp
 import psutil
@@ -12,7 +11,7 @@ import pytest
 
 from server.connections import REFUSAL_S
 from tests.helpers.many_connections import FAKE, hold, words
-from tests.helpers.patience import timeout
+from tests.helpers.patience import timeout, within
 from tests.server.running import Running, free_port, running
 
 FILES = 400
@@ -32,19 +31,21 @@ def test_a_thousand_connections_hold() -> None:
     assert min(figures["generating"]) >= 450
     assert figures["bystanders_differ"] == [0, 0]
     assert figures["left_over"] == {}
-    assert figures["health_ms"]["p50"] < 500
+    assert figures["health_ms"]["p50"] < 1e3 * within(0.5)
     for before, _, _, _, after in figures["fds"].values():
         assert after <= before
     for _, first, _, second, _ in figures["rss_mib"].values():
         assert second < first * 1.1 + 4
 
 
-async def tokens(url: str) -> list[Any]:
+async def tokens(url: str) -> list[int]:
+    """Of a stream, however many of them come in one event."""
     post = aiohttp.request("POST", f"{url}/v1/completions", json=STREAM)
     async with post as reply:
         assert reply.status == 200
         lines = (await reply.text()).split("\n\n")
-    return [json.loads(line[6:])["choices"] for line in lines if line.startswith("data: {")]
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    return [token for event in events for token in event["choices"][0]["token_ids"]]
 
 
 async def ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> tuple[int, bytes]:

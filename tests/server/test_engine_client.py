@@ -54,7 +54,7 @@ async def seconds_until_idle(client: EngineClient) -> float:
 async def until_stats(client: EngineClient, **expected: int) -> None:
     """Waits until the engine's counters have these values."""
     async with timeout(1):
-        while any((await client.stats())[name] != value for name, value in expected.items()):
+        while not expected.items() <= (await client.stats()).items():
             await asyncio.sleep(0.005)
 
 
