@@ -303,7 +303,8 @@ class EngineClient:
             stream = self._streams.get(event.request_id)
             if stream is None:
                 return  # it was aborted meanwhile
-            logprobs, of_prompt = map(wire.logprobs, (event.logprobs, event.prompt_logprobs))
+            logprobs = None if event.logprobs is None else wire.logprobs(event.logprobs)
+            of_prompt = event.prompt_logprobs and wire.logprobs(event.prompt_logprobs)
             kind, text, param = event.error or (None, None, None)
         except (TypeError, ValueError) as error:
             raise wire.WireError("an event of another form") from error

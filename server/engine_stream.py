@@ -52,6 +52,8 @@ class EngineStream:
         self._failure: Exception | None = None
         self._ended = False
         self._reader: asyncio.Future[None] | None = None
+        self._loop = asyncio.get_running_loop()
+        self._take: Callable[[TokenEvent], bool] | None = None
 
     def abort(self) -> None:
         """Ends the request at once; nothing more comes. Safe to call at any time."""
@@ -60,6 +62,11 @@ class EngineStream:
             self._on_abort()
         self._unread = None
         self._wake()
+
+    def divert(self, take: Callable[[TokenEvent], bool]) -> None:
+        """Has events taken where they come in, without waking the reader; it gets the last one,
+        those that ``take`` returns False for, and the exception that it raises."""
+        self._take = take
 
     async def __aenter__(self) -> EngineStream:
         return self
@@ -76,7 +83,7 @@ class EngineStream:
                 raise self._failure
             if self._ended:
                 raise StopAsyncIteration
-            self._reader = asyncio.get_running_loop().create_future()
+            self._reader = self._loop.create_future()
             await self._reader
         event, self._unread = self._unread, None
         return event
@@ -84,6 +91,14 @@ class EngineStream:
     def put(self, event: TokenEvent) -> None:
         """Takes the next event from the engine."""
         before = self._unread
+        if self._take is not None and before is None and event.finish_reason is None:
+            try:
+                if self._take(event):
+                    return
+            except Exception as error:  # of this request, which concerns no other one
+                self._on_abort()
+                self.fail(error)
+                return
         self._unread = event if before is None else _merged(before, event)
         self._ended = event.finish_reason is not None
         self._wake()

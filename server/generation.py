@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from types import TracebackType
@@ -198,6 +198,26 @@ class Run:
         pairs = list(zip(self.completions, self._streams))
         return self._follow(*pairs[0]) if len(pairs) == 1 else self._merge(pairs)
 
+    def divert(self, take: Callable[[Delta], None], is_free: Callable[[], bool]) -> None:
+        """Has news taken where it comes in, as long as ``is_free()``: to wake a task for each token
+        and go through its iterators takes as long as everything else. The iterator gives what is
+        left. Several completions are left to the iterator, which keeps their order."""
+        if len(self._streams) != 1:
+            return
+        completion, stream = self.completions[0], self._streams[0]
+
+        def pass_on(event: TokenEvent) -> bool:
+            if not is_free():
+                return False
+            delta = completion.take(event)
+            self._measure(delta)
+            take(delta)
+            if delta.finish_reason is not None:
+                stream.abort()  # after a stop string the engine doesn't know that it is over
+            return True
+
+        stream.divert(pass_on)
+
     async def finish(self) -> None:
         """Waits until all completions have ended."""
         async for _ in self:
@@ -235,7 +255,8 @@ class Run:
             if completion.output.finish_reason is not None:
                 stream.abort()  # after a stop string the engine doesn't know that it is over
                 return
-        raise RequestFailedError("The engine ended the generation without a reason.")
+        if completion.output.finish_reason is None:
+            raise RequestFailedError("The engine ended the generation without a reason.")
 
     async def _merge(
         self, pairs: Sequence[tuple[Completion, EngineStream]]
@@ -269,9 +290,8 @@ class Run:
             metrics.ttft.observe(now - self._arrived)
             completion.first_event_at = now
         elif delta.token_ids:
-            step = (now - completion.last_event_at) / len(delta.token_ids)
-            for _ in delta.token_ids:
-                metrics.itl.observe(step)
+            count = len(delta.token_ids)
+            metrics.itl.observe((now - completion.last_event_at) / count, count)
         completion.last_event_at = now
         if output.finish_reason is not None:
             tokens = len(output.token_ids)

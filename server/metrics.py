@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from server.histogram import Histogram
 
 PREFIX = "jaxserve:"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -93,10 +95,10 @@ class Metrics:
         return generate_latest(self.registry) + generate_latest(registry)
 
     def _histogram(self, name: str, doc: str, buckets: tuple[float, ...]) -> Histogram:
-        metric = Histogram(
-            PREFIX + name, doc, self._labels, registry=self.registry, buckets=buckets
-        )
-        return metric.labels(*self._values)
+        labels = dict(zip(self._labels, self._values))
+        histogram = Histogram(PREFIX + name, doc, labels, buckets)
+        self.registry.register(histogram)
+        return histogram
 
     def _gauge(self, name: str, doc: str) -> Gauge:
         return Gauge(PREFIX + name, doc, self._labels, registry=self.registry).labels(*self._values)

@@ -1,18 +1,20 @@
-"""Server-sent events: headers, chunks, keep-alive comments, and the end of readers that stall."""
+"""Streamed replies: server-sent events, keep-alive comments, and the end of readers that stall."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
 import orjson
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from jaxserve.log import logger
 from server.errors import api_error
+from server.generation import Delta, Run
 from server.service import SERVICE
 
 HEADERS = {
@@ -45,6 +47,7 @@ class TimedResponse:
         self._response = web.StreamResponse(headers=headers)
         self._write_timeout, self._ping_after = config.write_timeout_s, config.stream_ping_s
         self._ping = ping
+        self._chunked = request.version >= HttpVersion11
         self._loop = asyncio.get_running_loop()
         self._writing_since: float | None = None
         self._last_write = self._loop.time()
@@ -52,6 +55,8 @@ class TimedResponse:
         self._pings: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
+        if self._chunked:
+            self._response.enable_chunked_encoding()
         await self._response.prepare(self._request)
         self._metrics.streams.inc()
         self._tick()
@@ -72,6 +77,24 @@ class TimedResponse:
         self._writing_since = self._loop.time()
         await self._response.write(data)
         self._writing_since, self._last_write = None, self._loop.time()
+
+    def is_free(self) -> bool:
+        """Whether ``write_now`` may be used: nothing waits to be read by the client. Only after the
+        first ``write``, which sends the head."""
+        transport = self._request.transport
+        return (
+            transport is not None
+            and self._writing_since is None
+            and transport.get_write_buffer_size() == 0
+            and not transport.is_closing()
+        )
+
+    def write_now(self, data: bytes) -> None:
+        """Sends bytes without waiting, past aiohttp's writer: the system takes them at once."""
+        transport = self._request.transport
+        if transport is not None:
+            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+            self._last_write = self._loop.time()
 
     async def end(self) -> web.StreamResponse:
         """Ends the reply."""
@@ -103,31 +126,76 @@ class TimedResponse:
             await self.write(self._ping)
 
 
-async def respond(request: web.Request, chunks: AsyncIterator[Any]) -> web.StreamResponse:
-    """Sends chunks as events, then [DONE].
+@dataclass(frozen=True)
+class Format:
+    """How news is put into bytes.
 
-    The head is sent with the first chunk, so that what fails before it has its own HTTP status;
-    only if the first chunk takes longer than ``stream_ping_s`` is the head sent without. Later
-    failures become an event with an error object.
+    Attributes:
+        encode: one piece of news.
+        done: what ends a reply.
+        ping: sent after silence, see ``TimedResponse``.
+    """
+
+    headers: dict[str, str]
+    encode: Callable[[Any], bytes]
+    done: bytes = b""
+    ping: bytes = b""
+
+
+EVENTS = Format(HEADERS, event, DONE, PING)
+
+
+async def respond(
+    request: web.Request,
+    run: Run,
+    show: Callable[[Delta], Iterable[Any]],
+    last: Callable[[], Iterable[Any]] = tuple,
+    form: Format = EVENTS,
+) -> web.StreamResponse:
+    """Streams a run's news.
+
+    The head is sent with the first piece, so that what fails before it has its own HTTP status;
+    only if there is a ping and the first piece takes longer than ``stream_ping_s`` is the head sent
+    without. Later failures become a piece with an error object.
 
     Args:
-        chunks: JSON values, at least one.
+        show: JSON values for some news, none if it isn't worth telling.
+        last: JSON values for the end.
     """
-    first = asyncio.ensure_future(anext(chunks))
+    pieces = _pieces(run, show, last)
+    first = asyncio.ensure_future(anext(pieces))
     try:
-        await asyncio.wait({first}, timeout=request.app[SERVICE].config.stream_ping_s)
+        silence_s = request.app[SERVICE].config.stream_ping_s if form.ping else None
+        await asyncio.wait({first}, timeout=silence_s)
         if first.done() and first.exception() is not None:
             first.result()
-        async with TimedResponse(request, HEADERS, PING) as response:
+        async with TimedResponse(request, form.headers, form.ping) as response:
+
+            def pass_on(delta: Delta) -> None:
+                for piece in show(delta):
+                    response.write_now(form.encode(piece))
+
             try:
-                await response.write(event(await first))
-                async for chunk in chunks:
-                    await response.write(event(chunk))
+                await response.write(form.encode(await first))
+                run.divert(pass_on, response.is_free)
+                async for piece in pieces:
+                    await response.write(form.encode(piece))
             except ConnectionError:
                 raise
             except Exception as error:
-                await response.write(event(api_error(error).body()))
-            await response.write(DONE)
+                await response.write(form.encode(api_error(error).body()))
+            if form.done:
+                await response.write(form.done)
             return await response.end()
     finally:
         first.cancel()
+
+
+async def _pieces(
+    run: Run, show: Callable[[Delta], Iterable[Any]], last: Callable[[], Iterable[Any]]
+) -> AsyncIterator[Any]:
+    async for delta in run:
+        for piece in show(delta):
+            yield piece
+    for piece in last():
+        yield piece

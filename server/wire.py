@@ -202,14 +202,12 @@ def decode(payload: bytes) -> Message:
     return cls(*values)
 
 
-def logprobs(fields: list[Any] | None) -> list[TokenLogprobs] | None:
+def logprobs(fields: list[Any]) -> list[TokenLogprobs]:
     """What ``Event`` holds of log-probabilities, from what came of it.
 
     Raises:
         TypeError, ValueError: it has another form.
     """
-    if fields is None:
-        return None
     return [
         TokenLogprobs(token_id, logprob, rank, tuple((one, value) for one, value in top))
         for token_id, logprob, rank, top in fields

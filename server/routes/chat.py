@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 from typing import Any
 
 from aiohttp import web
@@ -31,32 +31,40 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     async with make_run(service, request_id, [prompt], options) as run:
         if options.stream:
             start = head(request_id, "chat.completion.chunk", model)
-            return await sse.respond(request, _chunks(run, start, role))
+            stream = _Stream(run, start, role)
+            return await sse.respond(request, run, stream.show, stream.last)
         await run.finish()
     start = head(request_id, "chat.completion", model)
     choices = [_whole(one, options, role) for one in run.best()]
     return json_response({**start, "choices": choices, "usage": run.usage()})
 
 
-async def _chunks(run: Run, start: dict[str, Any], role: str) -> AsyncIterator[dict[str, Any]]:
-    options = run.options
-    extra: dict[str, Any] = {"usage": None} if options.include_usage else {}
-    begun: set[int] = set()
-    silent = not (options.show_logprobs or options.return_token_ids)
-    async for delta in run:
-        number, ended = delta.completion.number, delta.finish_reason is not None
+class _Stream:
+    """The chunks of a streamed reply."""
+
+    def __init__(self, run: Run, start: dict[str, Any], role: str) -> None:
+        self._run, self._start, self._role = run, start, role
+        self._usage: dict[str, Any] = {"usage": None} if run.options.include_usage else {}
+        self._begun: set[int] = set()
+
+    def show(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        """A chunk if there is something to say, and before a choice's first one its opening."""
+        options, number = self._run.options, delta.completion.number
         if options.continuous_usage:
-            extra = {"usage": run.usage()}
-        if number not in begun:
-            begun.add(number)
-            opening = {"role": role, "content": ""}
+            self._usage = {"usage": self._run.usage()}
+        if number not in self._begun:
+            self._begun.add(number)
+            opening = {"role": self._role, "content": ""}
             choice = {"index": number, "delta": opening, "logprobs": None, "finish_reason": None}
-            yield {**start, "choices": [choice], **extra}
-        if silent and not delta.text and not ended:
-            continue
-        yield {**start, "choices": [_part(delta, options)], **extra}
-    if options.include_usage:
-        yield usage_chunk(start, run.usage())
+            yield {**self._start, "choices": [choice], **self._usage}
+        worth = delta.text or delta.finish_reason is not None
+        if worth or options.show_logprobs or options.return_token_ids:
+            yield {**self._start, "choices": [_part(delta, options)], **self._usage}
+
+    def last(self) -> Iterator[dict[str, Any]]:
+        """The usage, if it was asked for."""
+        if self._run.options.include_usage:
+            yield usage_chunk(self._start, self._run.usage())
 
 
 def _part(delta: Delta, options: Options) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from aiohttp import web
@@ -35,7 +35,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
             for number, one in enumerate(run.completions)
         ]
         if options.stream:
-            return await sse.respond(request, _chunks(run, choices, start))
+            stream = _Stream(run, choices, start)
+            return await sse.respond(request, run, stream.show, stream.last)
         await run.finish()
         whole = [choices[one.number].whole() for one in run.best()]
     for index, choice in enumerate(whole):
@@ -57,19 +58,25 @@ def _usage(run: Run, wanted: CompletionRequest) -> dict[str, Any]:
     return usage
 
 
-async def _chunks(
-    run: Run, choices: list[_Choice], start: dict[str, Any]
-) -> AsyncIterator[dict[str, Any]]:
-    options = run.options
-    extra: dict[str, Any] = {"usage": None} if options.include_usage else {}
-    async for delta in run:
-        choice = choices[delta.completion.number].part(delta)
+class _Stream:
+    """The chunks of a streamed reply."""
+
+    def __init__(self, run: Run, choices: list[_Choice], start: dict[str, Any]) -> None:
+        self._run, self._choices, self._start = run, choices, start
+        self._usage: dict[str, Any] = {"usage": None} if run.options.include_usage else {}
+
+    def show(self, delta: Delta) -> Iterator[dict[str, Any]]:
+        """A chunk, if there is something to say."""
+        choice = self._choices[delta.completion.number].part(delta)
         if choice is not None:
-            if options.continuous_usage:
-                extra = {"usage": run.usage()}
-            yield {**start, "choices": [choice], **extra}
-    if options.include_usage:
-        yield usage_chunk(start, _usage(run, choices[0].wanted))
+            if self._run.options.continuous_usage:
+                self._usage = {"usage": self._run.usage()}
+            yield {**self._start, "choices": [choice], **self._usage}
+
+    def last(self) -> Iterator[dict[str, Any]]:
+        """The usage, if it was asked for."""
+        if self._run.options.include_usage:
+            yield usage_chunk(self._start, _usage(self._run, self._choices[0].wanted))
 
 
 class _Choice:

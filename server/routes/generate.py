@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import Iterator
 
 import orjson
 from aiohttp import web
 
+from server import sse
 from server.beams import make_run
 from server.body import json_object
-from server.errors import api_error
-from server.generation import Run
+from server.generation import Delta
 from server.protocol.completions import parse_generate
 from server.replies import json_response, new_id
 from server.service import SERVICE
-from server.sse import TimedResponse
 
 LINES = "application/x-ndjson"
+LINE_BY_LINE = sse.Format({"Content-Type": LINES}, lambda piece: orjson.dumps(piece) + b"\n")
+ZERO_BYTES = sse.Format(
+    {"Content-Type": "application/json"}, lambda piece: orjson.dumps(piece) + b"\0"
+)
 
 
 async def generate(request: web.Request) -> web.StreamResponse:
@@ -41,28 +44,9 @@ async def generate(request: web.Request) -> web.StreamResponse:
             await run.finish()
             return json_response({"text": [prompt + one.output.text for one in run.best()]})
         lines = LINES in request.headers.get("Accept", "")
-        pieces = _pieces(run, prompt, b"\n" if lines else b"\0")
-        first = await anext(pieces)  # what fails before it has its own status
-        headers = {"Content-Type": LINES if lines else "application/json"}
-        async with TimedResponse(request, headers) as response:
-            await response.write(first)
-            async for piece in pieces:
-                await response.write(piece)
-            return await response.end()
 
-
-async def _pieces(run: Run, prompt: str, end: bytes) -> AsyncIterator[bytes]:
-    """The texts so far, whenever one has grown; at last an error object if something fails."""
-    begun = False
-    try:
-        async for delta in run:
+        def show(delta: Delta) -> Iterator[dict[str, list[str]]]:
             if delta.text or delta.finish_reason is not None:
-                begun = True
-                texts = [prompt + one.output.text for one in run.completions]
-                yield orjson.dumps({"text": texts}) + end
-    except ConnectionError:
-        raise
-    except Exception as error:
-        if not begun:
-            raise
-        yield orjson.dumps(api_error(error).body()) + end
+                yield {"text": [prompt + one.output.text for one in run.completions]}
+
+        return await sse.respond(request, run, show, form=LINE_BY_LINE if lines else ZERO_BYTES)
