@@ -139,19 +139,19 @@ class Generation:
             stops: it is the end token or stop token that ends the output; like a stop string, it
                 adds no text unless ``include_stop_str_in_output``.
         """
-        self.output.token_ids.append(token_id)
+        output, params = self.output, self._params
+        output.token_ids.append(token_id)
         if logprobs is not None:
             self._append_logprobs(logprobs)
-        params = self._params
         if self._stream is None or (stops and not params.include_stop_str_in_output):
             return ""
         text = self._stream.feed(token_id)
-        if len(self.output.token_ids) > params.min_tokens:
+        if params.stop and len(output.token_ids) > params.min_tokens:
             text = self._stop.feed(text)
-        if self._stop.matched is not None:
-            self.output.finish_reason = str(FinishReason.STOP)
-            self.output.stop_reason = self._stop.matched
-        self.output.text += text
+            if self._stop.matched is not None:
+                output.finish_reason = str(FinishReason.STOP)
+                output.stop_reason = self._stop.matched
+        output.text += text
         return text
 
     def finish(self, reason: FinishReason, stop_reason: int | None = None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from jaxserve import chat_templates
@@ -58,6 +59,11 @@ class Tokenizer:
 
     def __len__(self) -> int:
         return len(self.hf)
+
+    @cached_property
+    def replacement_ids(self) -> list[int]:
+        """The tokens of U+FFFD itself, which else stands for pieces of characters."""
+        return self.encode(REPLACEMENT, add_special_tokens=False)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text."""
@@ -236,7 +242,7 @@ def _whole_characters(
         whole, rest = tail[: len(tail) - cut], tail[len(tail) - cut :]
         if not tokenizer.decode(whole, skip_special_tokens).endswith(REPLACEMENT):
             return whole[-CONTEXT:], rest
-        real = tokenizer.encode(REPLACEMENT, add_special_tokens=False)
+        real = tokenizer.replacement_ids
         if whole[-len(real) :] == real:
             return [], rest
     return [], []

@@ -81,23 +81,24 @@ class Completion:
     def take(self, event: TokenEvent) -> Delta:
         """Adds an event's tokens; a stop string may end the completion among them. Raises what
         ``check`` raises."""
-        check(event)
+        if event.finish_reason is not None:
+            check(event)
         if event.num_cached_tokens is not None:
             self.num_cached_tokens = event.num_cached_tokens
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = [None, *map(self._generation.shown, event.prompt_logprobs)]
-        start, pieces = len(self.output.token_ids), []
-        last = len(event.token_ids) - 1
+        output, append, text = self.output, self._generation.append, ""
+        start, last = len(output.token_ids), len(event.token_ids) - 1
         for place, token_id in enumerate(event.token_ids):
             logprobs = None if event.logprobs is None else event.logprobs[place]
             stops = place == last and event.finish_reason == FinishReason.STOP
-            pieces.append(self._generation.append(token_id, logprobs, stops))
-            if self.output.finish_reason is not None:
+            text += append(token_id, logprobs, stops)
+            if output.finish_reason is not None:
                 break  # a stop string: what follows is surplus
-        if event.finish_reason is not None and self.output.finish_reason is None:
+        if event.finish_reason is not None and output.finish_reason is None:
             reason = FinishReason(event.finish_reason)
-            pieces.append(self._generation.finish(reason, event.stop_reason))
-        return self._delta("".join(pieces), start)
+            text += self._generation.finish(reason, event.stop_reason)
+        return self._delta(text, start)
 
     def whole(self) -> Delta:
         """All that came so far."""
