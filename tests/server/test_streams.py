@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
+from collections import Counter
 from itertools import pairwise
 from typing import Any
 
 import pytest
 
+from jaxserve.tokenizer import FastTextStream
 from server.engine_client import QueueTimeoutError
 from tests.helpers.fake_engine_client import FakeEngineClient
 from tests.helpers.patience import until
@@ -108,6 +111,109 @@ def test_a_reader_that_stalls_is_cut_off() -> None:
             _, text = await front.get("/metrics")
             assert 'route="/v1/completions",status="499"' in text
             writer.close()
+
+    asyncio.run(main())
+
+
+async def raw_reply(port: int, body: dict[str, Any], version: str, pause_s: float = 0) -> bytes:
+    """What comes back on a connection of its own, read by 2 KiB with pauses."""
+    sock = socket.socket()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    sock.connect(("127.0.0.1", port))
+    reader, writer = await asyncio.open_connection(sock=sock, limit=2**11)
+    data = json.dumps({**body, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/{version}\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += f"Connection: close\r\nContent-Length: {len(data)}\r\n\r\n"
+    writer.write(head.encode() + data)
+    got = b""
+    while piece := await reader.read(2048):
+        got += piece
+        await asyncio.sleep(pause_s)
+    writer.close()
+    return got
+
+
+def test_a_slow_reader_gets_every_token_once() -> None:
+    """Its buffers are small, so that some tokens are written as they come, others wait for it."""
+
+    async def main() -> None:
+        engine = FakeEngineClient(list(story()))
+        async with front_end(engine, send_buffer=4096) as front:
+            body = {**ENDLESS, "max_tokens": 600, "return_token_ids": True}
+            _, whole = await front.post("/v1/completions", body)
+            reply = await raw_reply(front.port, body, "1.0", pause_s=0.002)
+            head, _, text = reply.decode().partition("\r\n\r\n")
+            assert "chunked" not in head
+            choices = [event["choices"][0] for event in parse_events(text)[:-1]]
+            ids = [token for choice in choices for token in choice["token_ids"]]
+            assert ids == whole["choices"][0]["token_ids"]
+            assert "".join(choice["text"] for choice in choices) == whole["choices"][0]["text"]
+            assert max(len(choice["token_ids"]) for choice in choices[1:]) > 1, "nothing waited"
+            assert min(len(choice["token_ids"]) for choice in choices[1:-1]) == 1, "all waited"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("version", ["1.0", "1.1"])
+def test_streams_are_framed_as_the_client_knows_it(version: str) -> None:
+    async def main() -> None:
+        async with front_end() as front:
+            body = {**ENDLESS, "max_tokens": 20}
+            head, _, text = (await raw_reply(front.port, body, version)).partition(b"\r\n\r\n")
+            chunked = b"Transfer-Encoding: chunked" in head
+            assert chunked == (version == "1.1")
+            data = b""
+            while chunked:
+                size, _, text = text.partition(b"\r\n")
+                data += text[: int(size, 16)]
+                assert text[int(size, 16) :][:2] == b"\r\n"
+                text, chunked = text[int(size, 16) + 2 :], size != b"0"
+            events = parse_events((data or text).decode())
+            _, whole = await front.post("/v1/completions", body)
+            texts = [event["choices"][0]["text"] for event in events[:-1]]
+            assert "".join(texts) == whole["choices"][0]["text"] and len(texts) > 10
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("stop", ["never", "page by"])
+def test_a_stop_string_ends_a_stream_and_its_request(stop: str) -> None:
+    async def main() -> None:
+        async with front_end(slow_engine()) as front:
+            body = {**ENDLESS, "max_tokens": 100, "stop": ["zzz", stop]}
+            _, whole = await front.post("/v1/completions", body)
+            choices = [e["choices"][0] for e in (await front.events("/v1/completions", body))[:-1]]
+            assert "".join(one["text"] for one in choices) == whole["choices"][0]["text"]
+            ends = [one["finish_reason"] for one in choices]
+            assert ends[-1] == whole["choices"][0]["finish_reason"] and not any(ends[:-1])
+            assert choices[-1]["stop_reason"] == whole["choices"][0]["stop_reason"]
+            assert not front.engine.live
+            _, text = await front.get("/metrics")
+            assert 'finished_reason="abort"' not in text
+
+    asyncio.run(main())
+
+
+def test_a_text_that_cannot_be_made_ends_its_stream_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    feed = FastTextStream.feed
+
+    def fails_at_the_ninth(self: FastTextStream, token_id: int) -> str:
+        counts[self] += 1
+        if len(counts) == 1 and counts[self] == 9:
+            raise ValueError("no such token")
+        return feed(self, token_id)
+
+    counts: Counter[FastTextStream] = Counter()
+    monkeypatch.setattr(FastTextStream, "feed", fails_at_the_ninth)
+
+    async def main() -> None:
+        async with front_end(slow_engine()) as front:
+            first = asyncio.create_task(front.events("/v1/completions", ENDLESS))
+            events = await first
+            assert events[-2]["error"]["code"] and events[-1] == "[DONE]"
+            assert len(events) < 15 and "no such token" not in str(events)
+            assert not front.engine.live
+            assert (await front.post("/v1/completions", {**ENDLESS, "max_tokens": 20}))[0] == 200
 
     asyncio.run(main())
 
