@@ -74,7 +74,7 @@ class TestGemma3(FamilyTests):
     oracle = HuggingFace("Gemma3Config", SMALL, rewrite=rewrite, published=published)
     cases = {"group of 3, windows, linear rope": Case({}, 40)}
     text_cases = ("group of 3, windows, linear rope",)
-    parallel_cases = ()
+    parallel_cases = text_cases
     prompt_lens = (2, 3, 5, 9, 30, 75, 130)
     full_sizes = {
         name: FullSize({"text_config": text, "vision_config": SIGLIP}, parameters)
