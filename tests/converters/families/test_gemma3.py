@@ -72,9 +72,14 @@ def rewrite(config: dict[str, Any], tensors: dict) -> tuple[dict[str, Any], dict
 
 class TestGemma3(FamilyTests):
     oracle = HuggingFace("Gemma3Config", SMALL, rewrite=rewrite, published=published)
-    cases = {"group of 3, windows, linear rope": Case({}, 40)}
+    cases = {
+        "group of 3, windows, linear rope": Case({}, 40),
+        "4 KV heads": Case(
+            {"text_config": SMALL_TEXT | {"num_attention_heads": 4, "num_key_value_heads": 4}}
+        ),
+    }
     text_cases = ("group of 3, windows, linear rope",)
-    parallel_cases = text_cases
+    parallel_cases = ("4 KV heads",)
     prompt_lens = (2, 3, 5, 9, 30, 75, 130)
     full_sizes = {
         name: FullSize({"text_config": text, "vision_config": SIGLIP}, parameters)
