@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from jaxserve.errors import ConfigError
 
@@ -29,6 +29,12 @@ def make_mesh(tensor_parallel_size: int) -> Mesh:
             f"{len(devices)} ({devices[0].device_kind}). Lower it, or run `jaxserve doctor`."
         )
     return Mesh(np.array(devices[:tensor_parallel_size]), (TENSOR,))
+
+
+def make_abstract_mesh(tensor_parallel_size: int) -> AbstractMesh:
+    """A mesh for shapes, without devices. Its axis is of the kind that ``Mesh`` has by default;
+    from JAX 0.11 on, AbstractMesh has another default."""
+    return AbstractMesh((tensor_parallel_size,), (TENSOR,), axis_types=(AxisType.Auto,))
 
 
 def reduce_sum(x: jax.Array) -> jax.Array:

@@ -6,11 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AbstractMesh
 
 from jaxserve.build import choose_dtype
 from jaxserve.config import DeviceFacts, EngineConfig
-from jaxserve.distributed import LOGICAL_TO_MESH, TENSOR
+from jaxserve.distributed import LOGICAL_TO_MESH, make_abstract_mesh
 from jaxserve.engine.memory import activation_bytes, shard_bytes
 from jaxserve.engine.page_tables import longest_sequence, most_pages
 from jaxserve.model import decoder, kv_cache
@@ -79,7 +78,7 @@ def make_plan(wanted: EngineConfig, model: ModelConfig, device_memory: int | Non
     config = wanted.resolve(DeviceFacts("gpu", size), model.max_model_len)
     split = decoder.for_tensor_parallel(model, size)
     split = dataclasses.replace(split, max_model_len=config.max_model_len)
-    mesh = AbstractMesh((size,), (TENSOR,))
+    mesh = make_abstract_mesh(size)
     dtype = choose_dtype(config.dtype, model.dtype, "gpu")
     tree = decoder.declare(split)
     specs = model_params.partition_specs(tree, LOGICAL_TO_MESH, dict(mesh.shape))

@@ -7,7 +7,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from jaxserve.distributed import LOGICAL_TO_MESH, TENSOR
 from jaxserve.engine import step
@@ -46,7 +46,8 @@ def lowers_for_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_a_step_for_tpus_runs_the_mosaic_kernels(devices: int) -> None:
-    mesh = AbstractMesh((devices,), (TENSOR,), abstract_device=DEVICES["tpu"])
+    auto = (AxisType.Auto,)
+    mesh = AbstractMesh((devices,), (TENSOR,), auto, abstract_device=DEVICES["tpu"])
     model = decoder.for_tensor_parallel(MODEL, devices)
     tree = decoder.declare(model)
     specs = model_params.partition_specs(tree, LOGICAL_TO_MESH, mesh.shape)

@@ -12,7 +12,7 @@ import pytest
 
 from pallas_kernels.lab.__main__ import main
 from pallas_kernels.lab.measure import judge
-from pallas_kernels.lab.ops import find_candidate, find_op
+from pallas_kernels.lab.ops import Candidate, find_candidate, find_op
 from pallas_kernels.lab.report import rates, table
 from pallas_kernels.lab.timing import Ceilings, InGraph, Inputs, Times, count_kernels
 
@@ -119,14 +119,29 @@ def test_more_than_the_roof_is_called_a_bug() -> None:
     assert "too noisy" in rates(op, case, {"graph warm": noisy}, SLOW)["flag"]
 
 
-def test_tune_enters_the_fastest_right_configuration(tmp_path: Path) -> None:
+class CountedInGraph(InGraph):
+    """Takes a microsecond for each repeat of the toy, whatever else the machine does."""
+
+    def __init__(self, candidate: Candidate, *arguments: Any) -> None:
+        super().__init__(candidate, *arguments)
+        self._repeats = 64 if candidate.config is None else candidate.config.repeats
+
+    def sample(self) -> float:
+        return 1e-6 * self._repeats
+
+
+def test_tune_enters_the_fastest_right_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pallas_kernels.lab.measure.InGraph", CountedInGraph)
     tuned, out = tmp_path / "tuned", tmp_path / "out"
     command = ["tune", "fused_linear", "--implementation", TOY, "--cases", "plain"]
     words = ["--tuned", str(tuned), "--out", str(out), "--repeats", "3", "--budget", "60"]
     assert main([*command, *words]) == 0
     (entry,) = json.loads((tuned / "cpu.json").read_text())["fused_linear"][TOY].values()
     assert entry["config"] == {"repeats": 8, "fault": ""}
-    assert entry["default_microseconds"] > entry["microseconds"] > 0
+    assert entry["default_microseconds"] == pytest.approx(64)
+    assert entry["microseconds"] == pytest.approx(8)
     found = {(row["config"] or {}).get("fault"): row for row in rows(out)}
     assert (found["wrong"]["status"], found["wrong"]["gate"]) == ("failed", "values")
     assert found["compile"]["message"] == "RuntimeError: this tile is too large"
