@@ -32,6 +32,7 @@ from server.engine_supervisor import EngineProcess
 RECONNECT_S = 0.05
 MAX_RETRY_AFTER_S = 60.0
 NEUTRAL = SamplingParams()
+NO_ERROR = (None, None, None)
 FRONT_END_ONLY = ("n", "stop", "bad_words", "truncate_prompt_tokens")
 """Sampling parameters that the front-end has dealt with, and the engine does not need."""
 
@@ -298,32 +299,26 @@ class EngineClient:
             future.set_exception(self._error(*message.error))
 
     def _take_event(self, fields: Any) -> None:
+        """Hands on a ``wire.Event``'s fields."""
         try:
-            event = wire.Event(*fields)
-            stream = self._streams.get(event.request_id)
+            key, token_ids, logprobs, reason, stop_reason, num_cached, of_prompt, error = fields
+            stream = self._streams.get(key)
             if stream is None:
                 return  # it was aborted meanwhile
-            logprobs = None if event.logprobs is None else wire.logprobs(event.logprobs)
-            of_prompt = event.prompt_logprobs and wire.logprobs(event.prompt_logprobs)
-            kind, text, param = event.error or (None, None, None)
-        except (TypeError, ValueError) as error:
-            raise wire.WireError("an event of another form") from error
-        if event.finish_reason is not None:
-            self._remove(event.request_id)
+            if logprobs is not None:
+                logprobs = wire.logprobs(logprobs)
+            if of_prompt is not None:
+                of_prompt = wire.logprobs(of_prompt)
+            kind, text, param = error or NO_ERROR
+        except (TypeError, ValueError) as fault:
+            raise wire.WireError("an event of another form") from fault
+        if reason is not None:
+            self._remove(key)
         if kind in (wire.INVALID, wire.OVERLOADED):
             stream.fail(self._error(kind, text, param))
         else:
-            stream.put(
-                TokenEvent(
-                    event.token_ids,
-                    logprobs,
-                    event.finish_reason,
-                    event.stop_reason,
-                    event.num_cached_tokens,
-                    of_prompt,
-                    text,
-                )
-            )
+            event = token_ids, logprobs, reason, stop_reason, num_cached, of_prompt, text
+            stream.put(TokenEvent(*event))
 
     def _error(self, kind: str, text: Any, param: Any) -> JaxserveError:
         """The exception for an error that the engine reports."""

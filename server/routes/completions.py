@@ -65,13 +65,14 @@ class _Stream:
         self._run, self._choices, self._start = run, choices, start
         self._usage: dict[str, Any] = {"usage": None} if run.options.include_usage else {}
 
-    def show(self, delta: Delta) -> Iterator[dict[str, Any]]:
+    def show(self, delta: Delta) -> tuple[dict[str, Any], ...]:
         """A chunk, if there is something to say."""
         choice = self._choices[delta.completion.number].part(delta)
-        if choice is not None:
-            if self._run.options.continuous_usage:
-                self._usage = {"usage": self._run.usage()}
-            yield {**self._start, "choices": [choice], **self._usage}
+        if choice is None:
+            return ()
+        if self._run.options.continuous_usage:
+            self._usage = {"usage": self._run.usage()}
+        return ({**self._start, "choices": [choice], **self._usage},)
 
     def last(self) -> Iterator[dict[str, Any]]:
         """The usage, if it was asked for."""
