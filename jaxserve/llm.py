@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from converters import open_checkpoint
 from jaxserve import build, compat, log
@@ -26,12 +24,11 @@ from jaxserve.errors import (
     InvalidRequestError,
     RequestFailedError,
 )
+from jaxserve.generations import Generations, OnText, clear
 from jaxserve.outputs import (
     EmbeddingOutput,
     EmbeddingRequestOutput,
-    Generation,
     RequestOutput,
-    completion_params,
 )
 from jaxserve.prompts import Prompt, as_list, parse, priorities
 from jaxserve.sampling.params import SamplingParams
@@ -39,7 +36,6 @@ from jaxserve.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 Warmup = str
-OnText = Callable[[RequestOutput, str], None]
 
 
 class LLM:
@@ -157,15 +153,15 @@ class LLM:
         engine = self._running_engine()
         items = as_list(prompts)
         params = self._params_for(sampling_params, len(items))
-        outputs: list[RequestOutput] = []
-        generations: dict[str, tuple[Generation, RequestOutput]] = {}
+        ranks = priorities(priority, len(items))
+        generations = Generations(engine, self._tokenizer, on_text)
         try:
-            for item, one, rank in zip(items, params, priorities(priority, len(items))):
-                output = self._add(item, one, rank, generations)
-                outputs.append(output)
-            self._run(engine, generations, use_tqdm, on_text)
+            outputs = [
+                generations.add(self._next_name(), *prompt) for prompt in zip(items, params, ranks)
+            ]
+            generations.run(use_tqdm)
         finally:
-            _clear(engine, generations)
+            generations.clear()
         return outputs
 
     def beam_search(
@@ -220,7 +216,7 @@ class LLM:
                         raise RequestFailedError("The model gave numbers that are none.")
                     vectors[update.request.request_id] = update.embedding.tolist()
         finally:
-            _clear(engine, requests)
+            clear(engine, requests)
         return [
             EmbeddingRequestOutput(
                 name,
@@ -334,83 +330,6 @@ class LLM:
             raise InvalidRequestError(message, "sampling_params")
         return list(params)
 
-    def _add(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        priority: int,
-        generations: dict[str, tuple[Generation, RequestOutput]],
-    ) -> RequestOutput:
-        """Admits a prompt's n completions and enters them into ``generations``."""
-        engine = self._running_engine()
-        text, ids, salt = parse(prompt, self._tokenizer)
-        if self._tokenizer is None and params.stop:
-            raise InvalidRequestError("stop strings need a tokenizer; use stop_token_ids.", "stop")
-        if self._tokenizer is not None and params.bad_words:
-            sequences = self._tokenizer.bad_words(params.bad_words)
-            own = params.bad_words_token_ids or ()
-            params = params.replace(bad_words_token_ids=[*own, *sequences])
-        ids = params.truncated(ids, engine.max_model_len)
-        name = self._next_name()
-        output = RequestOutput(name, text, ids, [])
-        for index in range(params.n):
-            request_id = f"{name}-{index}"
-            one = completion_params(params, index)
-            if index > 0:
-                one = one.replace(prompt_logprobs=None)  # all have the same prompt
-            engine.add(request_id, ids, one, salt, priority)
-            generation = Generation(params, ids, index, self._tokenizer, engine.eos_token_ids)
-            output.outputs.append(generation.output)
-            generations[request_id] = generation, output
-        return output
-
     def _next_name(self) -> str:
         self._num_requests += 1
         return str(self._num_requests - 1)
-
-    def _run(
-        self,
-        engine: Engine,
-        generations: dict[str, tuple[Generation, RequestOutput]],
-        use_tqdm: bool,
-        on_text: OnText | None,
-    ) -> None:
-        """Steps the engine until every generation has ended."""
-        left = len(generations)
-        bar = tqdm(total=left, desc="Generating", unit="req", disable=not use_tqdm or left == 1)
-        tokens = 0
-        with bar:
-            while left:
-                for update in engine.step():
-                    generation, output = generations[update.request.request_id]
-                    if generation.output.finished():
-                        continue  # a stop string ended it; these are surplus tokens
-                    text = ""
-                    if update.prompt_logprobs is not None:
-                        shown = map(generation.shown, update.prompt_logprobs)
-                        output.prompt_logprobs = [None, *shown]
-                    if update.token_id is not None:
-                        tokens += 1
-                        stops = update.finish_reason is FinishReason.STOP
-                        text = generation.append(update.token_id, update.logprobs, stops)
-                    if generation.output.finished():
-                        engine.abort(update.request.request_id, FinishReason.STOP)
-                    elif update.finish_reason is not None:
-                        text += generation.finish(update.finish_reason, update.request.stop_reason)
-                    if on_text is not None and generation.output.index == 0:
-                        on_text(output, text)
-                    if generation.output.finished():
-                        left -= 1
-                        output.num_cached_tokens = update.request.num_cached_tokens
-                        output.finished = all(one.finished() for one in output.outputs)
-                        rate = tokens / max(bar.format_dict["elapsed"], 1e-9)
-                        bar.set_postfix_str(f"{rate:.0f} tok/s", refresh=False)
-                        bar.update()
-
-
-def _clear(engine: Engine, request_ids: Iterable[str]) -> None:
-    """Ends what an error or Ctrl-C may have left of a call, and waits until its steps are over."""
-    for request_id in request_ids:
-        engine.abort(request_id)
-    while engine.has_unfinished_requests:
-        engine.step()

@@ -146,7 +146,7 @@ class Generation:
         if self._stream is None or (stops and not params.include_stop_str_in_output):
             return ""
         text = self._stream.feed(token_id)
-        if params.stop and len(output.token_ids) > params.min_tokens:
+        if len(output.token_ids) > params.min_tokens:
             text = self._stop.feed(text)
             if self._stop.matched is not None:
                 output.finish_reason = str(FinishReason.STOP)

@@ -96,7 +96,7 @@ class EngineStream:
                 if self._take(event):
                     return
             except Exception as error:  # of this request, which concerns no other one
-                self._on_abort()
+                self.abort()
                 self.fail(error)
                 return
         self._unread = event if before is None else _merged(before, event)

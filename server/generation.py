@@ -81,8 +81,7 @@ class Completion:
     def take(self, event: TokenEvent) -> Delta:
         """Adds an event's tokens; a stop string may end the completion among them. Raises what
         ``check`` raises."""
-        if event.finish_reason is not None:
-            check(event)
+        check(event)
         if event.num_cached_tokens is not None:
             self.num_cached_tokens = event.num_cached_tokens
         if event.prompt_logprobs is not None:
@@ -210,11 +209,7 @@ class Run:
         def pass_on(event: TokenEvent) -> bool:
             if not is_free():
                 return False
-            delta = completion.take(event)
-            self._measure(delta)
-            take(delta)
-            if delta.finish_reason is not None:
-                stream.abort()  # after a stop string the engine doesn't know that it is over
+            take(self._advance(completion, stream, event))
             return True
 
         stream.divert(pass_on)
@@ -250,12 +245,7 @@ class Run:
 
     async def _follow(self, completion: Completion, stream: EngineStream) -> AsyncIterator[Delta]:
         async for event in stream:
-            delta = completion.take(event)
-            self._measure(delta)
-            yield delta
-            if completion.output.finish_reason is not None:
-                stream.abort()  # after a stop string the engine doesn't know that it is over
-                return
+            yield self._advance(completion, stream, event)
         if completion.output.finish_reason is None:
             raise RequestFailedError("The engine ended the generation without a reason.")
 
@@ -283,6 +273,13 @@ class Run:
                 raise news
             else:
                 yield news
+
+    def _advance(self, completion: Completion, stream: EngineStream, event: TokenEvent) -> Delta:
+        delta = completion.take(event)
+        self._measure(delta)
+        if delta.finish_reason is not None:
+            stream.abort()  # after a stop string the engine doesn't know that it is over
+        return delta
 
     def _measure(self, delta: Delta) -> None:
         metrics, completion, now = self._service.metrics, delta.completion, time.monotonic()

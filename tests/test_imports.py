@@ -69,6 +69,10 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     "jaxserve.prompts": ("jaxserve.errors", "jaxserve.tokenizer"),
     "jaxserve.beam_search": (*ARGUMENTS, "jaxserve.sampling.checks", "jaxserve.outputs"),
     "jaxserve.outputs": (*ARGUMENTS, "jaxserve.engine.stop", "jaxserve.tokenizer"),
+    "jaxserve.generations": (
+        *("jaxserve.engine.core", "jaxserve.engine.request", "jaxserve.errors", "tqdm"),
+        *("jaxserve.outputs", "jaxserve.prompts", "jaxserve.sampling.params", "jaxserve.tokenizer"),
+    ),
     "jaxserve.distributed": (*BASICS, *JAX),
     "jaxserve.quant": (*BODY, "jaxserve.quant"),
     "jaxserve.model": (*BODY, *MODEL),

@@ -29,7 +29,6 @@ CODE = """
 {before}
 import sys
 from jaxserve.__main__ import main
-from tests.helpers.patience import within
 sys.exit(main(["serve", *sys.argv[1:]]))
 """
 SECONDS = within(15.0)

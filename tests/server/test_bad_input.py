@@ -20,7 +20,6 @@ from tests.helpers.serving import Front, front_end, parse_events, story
 
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 2.0
-"""Within which every refusal is there."""
 """In which each answer must be there."""
 FORBIDDEN = ("Traceback", 'File "', " at 0x", "/home/", "/usr/", ".py")
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}

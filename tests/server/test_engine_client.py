@@ -37,10 +37,6 @@ async def read(stream: EngineStream) -> tuple[list[int], TokenEvent]:
     return tokens, event
 
 
-async def pages_used(client: EngineClient) -> int:
-    return int((await client.stats())["kv_pages_used"])
-
-
 async def seconds_until_idle(client: EngineClient) -> float:
     """How long it takes until no request is there and every page is free."""
     began = asyncio.get_running_loop().time()

@@ -208,8 +208,7 @@ def test_a_text_that_cannot_be_made_ends_its_stream_only(monkeypatch: pytest.Mon
 
     async def main() -> None:
         async with front_end(slow_engine()) as front:
-            first = asyncio.create_task(front.events("/v1/completions", ENDLESS))
-            events = await first
+            events = await front.events("/v1/completions", ENDLESS)
             assert events[-2]["error"]["code"] and events[-1] == "[DONE]"
             assert len(events) < 15 and "no such token" not in str(events)
             assert not front.engine.live

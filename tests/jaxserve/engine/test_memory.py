@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.sharding import NamedSharding
 
 from jaxserve.config import DeviceFacts, EngineConfig, ResolvedConfig
 from jaxserve.distributed import LOGICAL_TO_MESH, make_mesh
@@ -37,7 +36,7 @@ from jaxserve.model.config import (
     NormSpec,
     RouterSpec,
 )
-from jaxserve.model.params import num_bytes, partition_specs
+from jaxserve.model.params import num_bytes, partition_specs, sharded
 
 NORM = NormSpec("rms", 1e-5)
 LAYER = LayerSpec(AttentionSpec(8, 4, 16, 0.25), MLPSpec(256, "silu"), NORM)
@@ -57,10 +56,7 @@ def pages(fraction: float = 0.9, model: ModelConfig = MODEL, **settings: Any) ->
     mesh = make_mesh(config.tensor_parallel_size)
     tree = decoder.declare(model)
     specs = partition_specs(tree, LOGICAL_TO_MESH, mesh.shape)
-    weights = {
-        path: jax.ShapeDtypeStruct(param.shape, dtype, sharding=NamedSharding(mesh, specs[path]))
-        for path, param in tree.items()
-    }
+    weights = sharded(tree, dtype, mesh, specs)
     return plan_memory(config, model, weights, mesh, dtype, fraction)
 
 

@@ -7,7 +7,7 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType
 
 from jaxserve.distributed import LOGICAL_TO_MESH, TENSOR
 from jaxserve.engine import step
@@ -51,12 +51,7 @@ def test_a_step_for_tpus_runs_the_mosaic_kernels(devices: int) -> None:
     model = decoder.for_tensor_parallel(MODEL, devices)
     tree = decoder.declare(model)
     specs = model_params.partition_specs(tree, LOGICAL_TO_MESH, mesh.shape)
-    weights = {
-        path: jax.ShapeDtypeStruct(
-            aval.shape, aval.dtype, sharding=NamedSharding(mesh, specs[path])
-        )
-        for path, aval in model_params.abstract(tree, jnp.dtype("bfloat16")).items()
-    }
+    weights = model_params.sharded(tree, jnp.dtype("bfloat16"), mesh, specs)
     layouts = {bucket: Layout.make(bucket, 16, 8, 4, split=True) for bucket in BUCKETS.values()}
     programs = StepPrograms(model, weights, mesh, layouts, num_pages=100, max_pages=64)
     lowerings = programs.lowerings()
