@@ -173,8 +173,8 @@ def _down_kernel(
     expert = jnp.minimum(work.group, product.experts - 1)
     output = block * product.block + jnp.arange(product.block)
     share = product.inputs // product.splits
-    # Experts elsewhere add zero.
-    steps = jnp.where(here, -(-share // config.inputs), 0)
+    # Experts elsewhere add zero. (A choice between two literals lowers to one bit in Pallas-Triton.)
+    steps = here.astype(jnp.int32) * -(-share // config.inputs)
 
     def tile(i):
         pair, exists = work.pairs(i)

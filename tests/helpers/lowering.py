@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+from unittest import mock
 
 import jax
+from jax._src.pallas.triton import lowering as triton_lowering
 from jax.sharding import AbstractDevice, AbstractMesh
 
 DEVICES = {
@@ -14,8 +17,19 @@ DEVICES = {
 
 
 def lowers_for(platform: str, function: Callable, *args, **kwargs) -> str:
-    """The lowered module's text for ``platform``; raises what the lowering raises."""
+    """The lowered module's text for ``platform``; raises what the lowering raises, and what a GPU's
+    compiler would refuse at once in a Triton kernel."""
     mesh = AbstractMesh((), (), abstract_device=DEVICES[platform])
-    with jax.sharding.use_abstract_mesh(mesh):
+    lower_to_triton = triton_lowering.lower_jaxpr_to_triton_module
+
+    def lower_and_verify(*args: Any, **kwargs: Any) -> Any:
+        result = lower_to_triton(*args, **kwargs)
+        result.module.operation.verify()
+        return result
+
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        mock.patch.object(triton_lowering, "lower_jaxpr_to_triton_module", lower_and_verify),
+    ):
         traced = jax.jit(function).trace(*args, **kwargs)
         return traced.lower(lowering_platforms=(platform,)).as_text()
