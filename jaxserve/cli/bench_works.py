@@ -12,6 +12,7 @@ from jaxserve.cli.flags import Parser, UsageError
 
 HELP = "the works of the published comparison: latency, batch64, throughput, prefill, mixed"
 NAMES = ("latency", "batch64", "throughput", "prefill", "mixed")
+SCALE = "make fewer requests and outputs, for slow machines; prompts stay as long"
 
 
 def make_parser() -> Parser:
@@ -24,8 +25,7 @@ def make_parser() -> Parser:
     add = parser.add_argument
     text = f"which, separated by commas, of {', '.join(NAMES)}"
     add("--works", type=str, default=",".join(NAMES), metavar="LIST", help=text)
-    text = "make fewer requests and outputs, for slow machines; prompts stay as long"
-    add("--scale", type=float, default=1.0, metavar="X", help=text)
+    add("--scale", type=float, default=1.0, metavar="X", help=SCALE)
     text = "take the peers' numbers from a file of results, for example docs/benchmarks/h200.json"
     add("--peers", type=str, metavar="FILE", help=text)
     bench_engine.add_flags(parser)
@@ -41,8 +41,7 @@ def run(args: Namespace) -> int:
     unknown = [name for name in names if name not in NAMES]
     if unknown:
         raise UsageError(f"--works knows {', '.join(NAMES)}, got {unknown[0]!r}.")
-    if not 0 < args.scale <= 1:
-        raise UsageError("--scale must be above 0, at most 1.")
+    check_scale(args)
     if args.model is None and args.model_shape is None:
         args.model_shape = "llama1b"
 
@@ -66,3 +65,9 @@ def run(args: Namespace) -> int:
         today = datetime.date.today().isoformat()
         Results(tuple(results), machine, today).save(args.output_json)
     return 0
+
+
+def check_scale(args: Namespace) -> None:
+    """Raises UsageError."""
+    if not 0 < args.scale <= 1:
+        raise UsageError("--scale must be above 0, at most 1.")

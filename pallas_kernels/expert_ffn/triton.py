@@ -173,7 +173,7 @@ def _down_kernel(
     expert = jnp.minimum(work.group, product.experts - 1)
     output = block * product.block + jnp.arange(product.block)
     share = product.inputs // product.splits
-    # Experts elsewhere add zero. (A choice between two literals lowers to one bit in Pallas-Triton.)
+    # Experts elsewhere add zero. (Pallas-Triton lowers a choice between literals to one bit.)
     steps = here.astype(jnp.int32) * -(-share // config.inputs)
 
     def tile(i):

@@ -267,3 +267,15 @@ def test_profile_tells_the_time_of_a_step(
     assert f"2 rows: {result['step_ms']:.3f} ms a step" in capsys.readouterr().out
     kernels = [Kernel("a", 2, 500.0), Kernel("b", 0.5, 2000.0)]
     assert Profile(2, 3.0, kernels).busy_ms == 2.0
+
+
+def test_profile_tells_the_time_of_a_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "out.json"
+    command = ["bench", "profile", *SMALL, "--work", "mixed", "--scale", "0.004"]
+    assert main([*command, "--output-json", str(file)]) == 0
+    result = json.loads(file.read_text())
+    assert result["seconds"] > 0 and result["steps"] > 0 and 0 < result["padding_waste"] < 1
+    assert f"mixed: {result['seconds']:.3f} s, {result['steps']} steps" in capsys.readouterr().out
+    assert main([*command, "--scale", "2"]) == 2
