@@ -128,7 +128,7 @@ def forward(
     """
     residual, cache = _run_layers(config, params, cache, inputs, kernels)
     hidden = _final(config, kernels, params, residual.take(inputs.sample_index))
-    return logits(config, params, hidden), cache
+    return logits(config, params, hidden, kernels), cache
 
 
 def forward_with_hidden(
@@ -142,12 +142,14 @@ def forward_with_hidden(
     states, normalized and projected, [T, embedding_size]."""
     residual, cache = _run_layers(config, params, cache, inputs, kernels)
     hidden = _final(config, kernels, params, residual)
-    return logits(config, params, hidden[inputs.sample_index]), hidden, cache
+    return logits(config, params, hidden[inputs.sample_index], kernels), hidden, cache
 
 
-def logits(config: ModelConfig, params: Params, hidden: jax.Array) -> jax.Array:
+def logits(
+    config: ModelConfig, params: Params, hidden: jax.Array, kernels: Kernels = CHOOSE
+) -> jax.Array:
     """The logits float32 [N, vocab] of final hidden states [N, embedding_size]."""
-    scores = linear(hidden, params[head_weight(config)], out_dtype=jnp.float32)
+    scores = linear(hidden, params[head_weight(config)], jnp.float32, kernels.fused_linear)
     if config.logit_softcap is not None:
         scores = config.logit_softcap * jnp.tanh(scores / config.logit_softcap)
     return scores

@@ -43,7 +43,7 @@ def partial_terms(spec: MLPSpec, params: Params, x: jax.Array, kernels: Kernels)
     if spec.gated and spec.activation == "silu" and not spec.up_bias:
         h = fused_linear(x, params["up"], silu_gated=True, implementation=kernels.fused_linear)
     else:
-        up = linear(x, params["up"])
+        up = linear(x, params["up"], implementation=kernels.fused_linear)
         if spec.up_bias:
             up = up + params["up_bias"]
         activation = ACTIVATIONS[spec.activation]

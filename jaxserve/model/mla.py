@@ -61,8 +61,8 @@ def apply(
         Terms [S, T, hidden] whose sum is the output, and the layer's cache with this step's
         latents and rotated keys written.
     """
-    q_nope, q_rope = jnp.split(_queries(spec, params, x), (spec.nope_size,), -1)
-    kv = linear(x, params["kv_down"])
+    q_nope, q_rope = jnp.split(_queries(spec, params, x, kernels), (spec.nope_size,), -1)
+    kv = linear(x, params["kv_down"], implementation=kernels.fused_linear)
     if spec.bias:
         kv = kv + params["kv_down_bias"]
     latent, k_rope = jnp.split(kv, (spec.latent_size,), -1)
@@ -87,14 +87,17 @@ def apply(
     return reduce_terms(terms, params.get("out_bias")), (pages,)
 
 
-def _queries(spec: LatentAttentionSpec, params: Params, x: jax.Array) -> jax.Array:
+def _queries(
+    spec: LatentAttentionSpec, params: Params, x: jax.Array, kernels: Kernels
+) -> jax.Array:
     """[T, heads, nope_size + rope_size]."""
     if spec.query_latent_size is None:
-        return linear(x, params["q"])
-    latent = linear(x, params["q_down"])
+        return linear(x, params["q"], implementation=kernels.fused_linear)
+    latent = linear(x, params["q_down"], implementation=kernels.fused_linear)
     if spec.bias:
         latent = latent + params["q_down_bias"]
-    return linear(norms.apply(spec.norm, under("q_norm", params), latent), params["q_up"])
+    latent = norms.apply(spec.norm, under("q_norm", params), latent)
+    return linear(latent, params["q_up"], implementation=kernels.fused_linear)
 
 
 def _per_head(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:

@@ -53,7 +53,7 @@ def apply(
     ``is_token`` bool [T] is False for padding, which chooses no experts: theirs would have to be
     read besides those of the tokens.
     """
-    logits = linear(x, params["router"], out_dtype=jnp.float32)
+    logits = linear(x, params["router"], jnp.float32, kernels.fused_linear)
     if spec.router.bias:
         logits = logits + params["router_bias"]
     experts, weights = choose(spec.router, logits, params.get("router_correction"))
@@ -79,7 +79,8 @@ def apply(
     if spec.shared is not None:
         shared = ffn.partial_terms(spec.shared, under("shared", params), x, kernels)
         if spec.shared_gate:
-            gate = jax.nn.sigmoid(linear(x, params["shared_gate"], out_dtype=jnp.float32))
+            gate = linear(x, params["shared_gate"], jnp.float32, kernels.fused_linear)
+            gate = jax.nn.sigmoid(gate)
             shared = (shared * gate).astype(shared.dtype)
         terms = jnp.concatenate([terms, shared.astype(terms.dtype)])
     return reduce_terms(terms, None)

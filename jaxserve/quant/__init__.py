@@ -15,6 +15,7 @@ def linear(
     x: jax.Array,
     w: jax.Array,
     out_dtype: jnp.dtype | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Multiplies x [T, inputs...] by a weight [outputs..., inputs...], summed in float32.
 
@@ -22,6 +23,7 @@ def linear(
         x: [T, inputs...], one or more input axes.
         w: its trailing axes are x's input axes.
         out_dtype: dtype of the result; x's by default.
+        implementation: of ``fused_linear``.
 
     Returns:
         [T, outputs...].
@@ -29,27 +31,24 @@ def linear(
     Raises:
         ValueError: the input axes differ.
     """
-    flat_x, flat_w, outputs = _two_dimensional(x, w)
-    y = jax.lax.dot_general(
-        flat_x,
-        flat_w,
-        (((1,), (1,)), ((), ())),
-        # Whoever asks for float32 wants it: GPUs would round to TF32, TPUs to bfloat16.
-        precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=out_dtype or x.dtype,
-    )
-    return y.reshape(x.shape[0], *outputs)
+    terms = linear_terms(x, w, implementation, out_dtype)
+    return terms.sum(0).astype(out_dtype or x.dtype)
 
 
 def linear_terms(
-    x: jax.Array, w: jax.Array, implementation: Implementation | None = None
+    x: jax.Array,
+    w: jax.Array,
+    implementation: Implementation | None = None,
+    out_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """As ``linear``, but terms [S, T, outputs...] whose sum is the product; see ``fused_linear``.
 
     They are for readers that sum them up on the way: ``rope_kv_write`` and ``add_rms_norm``.
     """
     flat_x, flat_w, outputs = _two_dimensional(x, w)
-    y = fused_linear(flat_x, flat_w, partial=True, implementation=implementation)
+    y = fused_linear(
+        flat_x, flat_w, partial=True, out_dtype=out_dtype, implementation=implementation
+    )
     return y.reshape(*y.shape[:2], *outputs)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels import dispatch
 from pallas_kernels.dispatch import Implementation
@@ -23,6 +24,7 @@ def fused_linear(
     *,
     silu_gated: bool = False,
     partial: bool = False,
+    out_dtype: jnp.dtype | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """x w^T, gated if asked.
@@ -34,11 +36,12 @@ def fused_linear(
             and its sum over S terms (as many as suit the implementation) is the product. For
             narrow weights: their columns must be shared among programs to keep a GPU busy, and
             whoever reads the product sums it up for nothing.
+        out_dtype: of the result, x's by default; partial sums may be float32 all the same.
         implementation: a name in ``IMPLEMENTATIONS`` or a function of this signature; see
             ``dispatch.call``. None takes the first that can run.
 
     Returns:
-        [T, N] in x's dtype, summed in float32; [S, T, N] if ``partial``.
+        [T, N], summed in float32; [S, T, N] if ``partial``.
 
     Raises:
         ValueError: shapes don't fit together, or gating and ``partial`` are both asked for.
@@ -48,5 +51,5 @@ def fused_linear(
         raise ValueError(f"x {x.shape} and the weight {w.shape} don't fit together")
     if silu_gated and partial:
         raise ValueError("partial sums can't be gated")
-    options = {"silu_gated": silu_gated, "partial": partial}
+    options = {"silu_gated": silu_gated, "partial": partial, "out_dtype": out_dtype}
     return dispatch.call("fused_linear", IMPLEMENTATIONS, implementation, x, w, **options)

@@ -7,7 +7,12 @@ import jax.numpy as jnp
 
 
 def fused_linear(
-    x: jax.Array, w: jax.Array, *, silu_gated: bool = False, partial: bool = False
+    x: jax.Array,
+    w: jax.Array,
+    *,
+    silu_gated: bool = False,
+    partial: bool = False,
+    out_dtype: jnp.dtype | None = None,
 ) -> jax.Array:
     """See ``api.fused_linear``."""
     y = jax.lax.dot_general(
@@ -16,7 +21,7 @@ def fused_linear(
         (((1,), (1,)), ((), ())),
         # Whoever asks for float32 wants it: GPUs would round to TF32, TPUs to bfloat16.
         precision=jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
-        preferred_element_type=x.dtype,
+        preferred_element_type=out_dtype or x.dtype,
     )
     if silu_gated:
         gate, up = jnp.split(y, 2, axis=1)

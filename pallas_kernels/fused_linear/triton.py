@@ -55,6 +55,7 @@ def fused_linear(
     *,
     silu_gated: bool = False,
     partial: bool = False,
+    out_dtype: jnp.dtype | None = None,
     config: Config | None = None,
     interpret: bool = False,
 ) -> jax.Array:
@@ -79,7 +80,7 @@ def fused_linear(
         gated=silu_gated,
         config=config,
     )
-    result = jax.ShapeDtypeStruct((rows, outputs), x.dtype)
+    result = jax.ShapeDtypeStruct((rows, outputs), out_dtype or x.dtype)
     if partial:
         result = jax.ShapeDtypeStruct((config.splits, rows, outputs), jnp.float32)
     return pl.pallas_call(
