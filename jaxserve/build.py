@@ -162,10 +162,7 @@ def rare_garbage_collection() -> Iterator[None]:
 
 def start_compiling(built: Built) -> None:
     """Lets background threads begin with the programs, which need no weights."""
-    config = built.config
-    # Making random weights would disturb XLA's autotuner, which takes the time of kernels.
-    disturbed = config.load_format == "dummy" and jax.default_backend() != "cpu"
-    if not config.enforce_eager and not disturbed:
+    if not built.config.enforce_eager:
         built.runner.programs.start()
 
 
@@ -198,13 +195,8 @@ def warm_up(
     built: Built, wait_for_all: bool, use_tqdm: bool, watch: Progress | None = None
 ) -> None:
     """Compiles the programs, or waits for those that are being compiled; see ``Runner.warm_up``.
-    ``watch`` hears of (programs done, of total).
-
-    Accelerators always wait for all: XLA tries out kernels there, which takes memory that the KV
-    cache will fill.
-    """
+    ``watch`` hears of (programs done, of total)."""
     runner, memory = built.runner, built.memory
-    wait_for_all |= jax.default_backend() != "cpu"
     hits_before = compile_events()["cache_hits"]
     disable = not use_tqdm or not wait_for_all
     with tqdm(desc="Compiling", unit="program", disable=disable, leave=False) as bar:

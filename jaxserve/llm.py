@@ -52,8 +52,8 @@ class LLM:
         model: a checkpoint directory (Hugging Face or Orbax) or a hub id.
         chat_template: replaces the tokenizer's: a Jinja text or file, or the name of a built-in
             one ("vicuna", "llama-2", "llama-3", "chatml", "qwen").
-        warmup: "full" compiles every program before the constructor returns; "background" returns,
-            on a CPU, once some request can be served and compiles the rest meanwhile.
+        warmup: "full" compiles every program before the constructor returns; "background" returns
+            once some request can be served and compiles the rest meanwhile.
         use_tqdm: show progress while loading and compiling.
         **arguments: see EngineConfig.
 

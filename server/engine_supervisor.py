@@ -40,8 +40,8 @@ class EngineProcess:
 
     Args:
         config: of the engine.
-        warmup: "full" compiles every program before it serves; "background" serves, on a CPU, as
-            soon as it can and compiles the rest meanwhile.
+        warmup: "full" compiles every program before it serves; "background" serves as soon
+            as it can and compiles the rest meanwhile.
         step_timeout_s: a step that takes longer counts as hung; the process is ended then.
         restart: start it again when it died.
         back_off_s: the delay before that, doubled each time up to LONGEST_BACK_OFF_S.

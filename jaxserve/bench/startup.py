@@ -61,7 +61,8 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
     """Starts an engine in this process and generates one token.
 
     Returns:
-        total: seconds from the process's start to the token. stages: name, start and seconds of
+        total: seconds from the process's start to the token. complete: and to the last program,
+        which may come later (``warmup="background"``). stages: name, start and seconds of
         each; they overlap. programs, cache_hits: how many programs there are, and how many JAX
         found in its cache, small ones of its own included. lower_seconds, compile_seconds: of
         those programs, summed over the threads that made them.
@@ -82,10 +83,14 @@ def run(arguments: dict[str, Any]) -> dict[str, Any]:
         llm.generate({"prompt_token_ids": PROMPT}, params, use_tqdm=False)
         end = time.perf_counter()
         programs = llm.programs
+        if not llm.config.enforce_eager:
+            programs.wait()
+        complete = time.perf_counter()
         spans += [(span.name, span.start, span.end) for span in llm.timeline.spans]
         spans.append(("first step", ready, end))
         return {
             "total": end - born,
+            "complete": complete - born,
             "stages": [
                 {"name": name, "start": start - born, "seconds": stop - start}
                 for name, start, stop in sorted(spans, key=lambda span: span[1])

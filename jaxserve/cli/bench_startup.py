@@ -25,7 +25,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--background",
         action="store_true",
-        help="serve on a CPU as soon as some request can be served, as jaxserve generate does",
+        help="serve as soon as some request can be served, as jaxserve serve and generate do",
     )
     bench_engine.add_flags(parser)
     return parser
@@ -52,6 +52,7 @@ def _text(name: str, result: dict[str, Any]) -> str:
     for stage in result["stages"]:
         rows.append([stage["name"], f"{stage['start']:.2f} s", f"{stage['seconds']:.2f} s"])
     rows.append(["first token", "", f"{result['total']:.2f} s"])
+    rows.append(["last program", "", f"{result['complete']:.2f} s"])
     programs = (
         f"{result['programs']} programs ({result['cache_hits']} found in the cache): "
         f"{result['lower_seconds']:.2f} s of tracing and lowering, "

@@ -54,6 +54,18 @@ def use_compilation_cache(directory: str | None) -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
+def compiler_options() -> dict[str, Any]:
+    """What XLA's compiler is asked for on this platform.
+
+    On GPUs, not to try out kernels: that takes most of a start, memory beside the KV cache, and
+    chooses differently from start to start. cuBLAS's own choice is as fast for many rows, and the
+    products of few rows are ours (``fused_linear``).
+    """
+    if jax.default_backend() != "gpu":
+        return {}
+    return {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
 @functools.cache
 def compile_events() -> Counter[str]:
     """Running counts of this process's "compilations" and "cache_hits", as JAX reports them."""
@@ -77,11 +89,14 @@ class Programs:
 
     Compiling goes on in background threads from ``start`` on, in the order of the mapping. A caller
     that needs a program that isn't ready compiles it itself, or waits for the thread that does.
+    Only one is traced and lowered at a time: that is Python, and threads that fight for the
+    interpreter's lock would hold up the most urgent program, and the steps of who serves already.
 
     Args:
         lowerings: key -> a function that traces and lowers the program.
         stats: counts compilations, as "warmup" once started, else as "late", and who waits for one.
         on_demand: the same for programs that are compiled only when somebody needs them, "late".
+        options: of XLA's compiler, by name.
 
     Attributes:
         lower_seconds, compile_seconds: what tracing and lowering, and compiling or reading from the
@@ -93,11 +108,14 @@ class Programs:
         lowerings: Mapping[Hashable, Lower],
         stats: Stats,
         on_demand: Mapping[Hashable, Lower] | None = None,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self._lowerings = lowerings
         self._on_demand = dict(on_demand or {})
         self._waiting_for_demand = set(self._on_demand)
         self._stats = stats
+        self._options = dict(options or {})
+        self._tracing = threading.Lock()
         self.lower_seconds = self.compile_seconds = 0.0
         self._queue = list(lowerings)
         self._ready: dict[Hashable, jax.stages.Compiled] = {}
@@ -194,11 +212,12 @@ class Programs:
             self._compile(key)
 
     def _compile(self, key: Hashable) -> None:
-        start = time.perf_counter()
         try:
-            lowered = (self._on_demand.get(key) or self._lowerings[key])()
-            between = time.perf_counter()
-            program = lowered.compile()
+            with self._tracing:
+                start = time.perf_counter()
+                lowered = (self._on_demand.get(key) or self._lowerings[key])()
+                between = time.perf_counter()
+            program = lowered.compile(self._options)
         except BaseException as error:
             with self._changed:
                 self._errors[key] = error

@@ -17,7 +17,7 @@ from jaxserve.config import ResolvedConfig
 from jaxserve.engine import batch, prompt_reads, step
 from jaxserve.engine.batch import Bucket, Layout, Packer
 from jaxserve.engine.decision import Decision, StepResult
-from jaxserve.engine.programs import Programs, Progress
+from jaxserve.engine.programs import Programs, Progress, compiler_options
 from jaxserve.engine.prompt_reads import ReadPlan, Reads
 from jaxserve.engine.request import Request, TokenLogprobs
 from jaxserve.engine.stats import Stats
@@ -81,7 +81,7 @@ class Runner:
             model, weights, mesh, self._layouts, num_pages, max_pages, kernels
         )
         lowerings, on_demand = self._step.lowerings(), self._step.lowerings_on_demand()
-        self.programs = Programs(lowerings, stats, on_demand)
+        self.programs = Programs(lowerings, stats, on_demand, compiler_options())
         self._head_weight = decoder.head_weight(model)
         self._packer = Packer(self._rows)
         self._state: StepState | None = None
@@ -101,10 +101,7 @@ class Runner:
 
     def allocate(self) -> None:
         """Makes the device state, zeroed: 0 times an uninitialised NaN would spoil masked scores.
-        What there was before is freed.
-
-        Best after compiling, since XLA tries out kernels on the GPU and needs memory for that.
-        """
+        What there was before is freed."""
         self._free_state()
         self._state = jax.tree.map(
             lambda aval: jnp.zeros(aval.shape, aval.dtype, device=aval.sharding), self._step.state

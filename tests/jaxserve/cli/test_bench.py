@@ -207,6 +207,7 @@ def test_startup_measures_new_processes_with_an_empty_and_a_warm_cache(
         assert wanted | {"first step"} == set(names)
         ends = [stage["start"] + stage["seconds"] for stage in result["stages"]]
         assert names[0] == "python" and max(ends) == pytest.approx(result["total"])
+        assert result["complete"] >= result["total"]
         assert result["programs"] > 0 and result["compile_seconds"] > 0
     assert results["empty"]["cache_hits"] < results["empty"]["programs"]
     assert results["warm"]["cache_hits"] >= results["warm"]["programs"]

@@ -25,15 +25,18 @@ def failing() -> Any:
 
 
 class Gate:
-    """A lowering that waits until it is opened."""
+    """A lowering whose compiling waits until it is opened."""
 
     def __init__(self) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
 
     def __call__(self) -> Any:
+        return self
+
+    def compile(self, options: dict[str, Any]) -> Any:
         self.entered.set()
         assert self.open.wait(30)
-        return lowering(0)()
+        return lowering(0)().compile(options)
 
 
 def test_get_compiles_on_demand_and_once() -> None:
@@ -101,6 +104,27 @@ def test_started_all_get_ready_in_the_given_order() -> None:
     assert stats.compilations == {"warmup": 3}
     assert all(programs.get(index)(jnp.int32(1)) == index + 1 for index in range(3))
     assert programs.temp_bytes >= 0
+
+
+def test_one_program_is_traced_at_a_time() -> None:
+    tracing = threading.Lock()
+
+    def alone() -> Any:
+        assert tracing.acquire(blocking=False)
+        time.sleep(0.01)  # long enough for another thread to come
+        tracing.release()
+        return lowering(0)()
+
+    programs = Programs(dict.fromkeys(range(6), alone), Stats())
+    programs.start(threads=3)
+    assert programs.get(5)(jnp.int32(1)) == 1
+    programs.wait()
+
+
+def test_the_compiler_is_asked_for_what_was_given() -> None:
+    options = {"no_such_option": 1}
+    with pytest.raises(RuntimeError, match="no_such_option"):
+        Programs({0: lowering(0)}, Stats(), options=options).get(0)
 
 
 def test_get_does_not_wait_for_programs_that_are_compiled_before() -> None:
