@@ -42,7 +42,7 @@ class Built:
         dtype: of weights, activations and cache.
         memory: where a device's memory goes.
         runner, engine: the two; before the first step the runner needs ``load_weights`` and
-            ``runner.allocate()``.
+            ``allocate``.
         load: reads the weights, or makes random ones.
     """
 
@@ -160,10 +160,17 @@ def rare_garbage_collection() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-def start_compiling(built: Built) -> None:
-    """Lets background threads begin with the programs, which need no weights."""
+def start_compiling(built: Built, everything: bool) -> None:
+    """Lets background threads begin with the programs, which need no weights: with all of them, or
+    those that it takes to serve some request."""
     if not built.config.enforce_eager:
-        built.runner.programs.start()
+        built.runner.start_compiling(everything)
+
+
+def allocate(built: Built) -> None:
+    """Makes the device state, and goes on with the programs that nobody waited for."""
+    built.runner.allocate()
+    start_compiling(built, everything=True)
 
 
 def load_weights(built: Built, use_tqdm: bool, watch: Progress | None = None) -> None:

@@ -99,7 +99,7 @@ class LLM:
             self._runner, self._engine = built.runner, built.engine
             self.model_config, self.dtype = self._checkpoint.config, built.dtype.name
             try:
-                build.start_compiling(built)
+                build.start_compiling(built, everything=warmup == "full")
                 self._tokenizer = tokenizer.result()
                 self._start(built, warmup == "full", use_tqdm)
             except BaseException:
@@ -124,7 +124,7 @@ class LLM:
             with stage("waiting for programs"):
                 build.warm_up(built, wait_for_all, use_tqdm)
         with stage("allocating"):
-            self._runner.allocate()
+            build.allocate(built)
 
     # --- generating -----------------------------------------------------------------------------
 

@@ -31,19 +31,20 @@ def start_engine(settings: dict[str, Any], server: EngineServer) -> tuple[Engine
     checkpoint = open_checkpoint(build.find_model(config), config.load_format)
     with build.rare_garbage_collection():
         built = build.build(config, checkpoint, timeline)
-        build.start_compiling(built)
+        wait_for_all = settings["warmup"] == "full"
+        build.start_compiling(built, wait_for_all)
         with timeline.stage("weights"):
             build.load_weights(built, False, lambda *done: server.starting("weights", *done))
         if not built.config.enforce_eager:
             with timeline.stage("compiling"):
                 build.warm_up(
                     built,
-                    settings["warmup"] == "full",
+                    wait_for_all,
                     False,
                     lambda *done: server.starting("compiling", *done),
                 )
         with timeline.stage("allocating"):
-            built.runner.allocate()
+            build.allocate(built)
     fields = {field.name for field in dataclasses.fields(SamplingParams)}
     return built.engine, {
         "max_model_len": built.config.max_model_len,

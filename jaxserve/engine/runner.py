@@ -86,9 +86,13 @@ class Runner:
         self._packer = Packer(self._rows)
         self._state: StepState | None = None
 
+    def start_compiling(self, everything: bool) -> None:
+        """Compiles programs in the background: all, or enough to serve some request."""
+        self.programs.start(None if everything else self._step.urgent_keys())
+
     def warm_up(self, wait_for_all: bool, progress: Progress | None = None) -> None:
-        """Compiles every program in the background; waits for all, or for enough to serve."""
-        self.programs.start()
+        """Waits until every program is compiled, or enough to serve some request."""
+        self.start_compiling(wait_for_all)
         if wait_for_all:
             self.programs.wait(progress)
             return

@@ -143,9 +143,9 @@ def test_what_cannot_be_loaded_stops_what_was_started(
     built = []
     start_compiling = build.start_compiling
 
-    def noted(one: build.Built) -> None:
+    def noted(one: build.Built, everything: bool) -> None:
         built.append(one)
-        start_compiling(one)
+        start_compiling(one, everything)
 
     def damaged(*_: object) -> None:
         raise CheckpointError("the weights are damaged")
@@ -160,28 +160,16 @@ def test_what_cannot_be_loaded_stops_what_was_started(
     assert built[0].runner.programs.num_ready == 0
 
 
-@pytest.mark.parametrize(
-    ("platform", "settings", "starts"),
-    [
-        ("cpu", {}, True),
-        ("gpu", {}, True),
-        ("cpu", {"load_format": "dummy"}, True),
-        # XLA's autotuner takes the time of kernels; making random weights would disturb it.
-        ("gpu", {"load_format": "dummy"}, False),
-        ("gpu", {"enforce_eager": True}, False),
-    ],
-)
-def test_when_compiling_starts_before_the_weights_are_there(
-    platform: str, settings: dict[str, Any], starts: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("everything", [True, False])
+def test_before_the_weights_are_there_all_or_the_urgent_programs_are_compiled(
+    everything: bool,
 ) -> None:
-    started = []
-    programs = SimpleNamespace(start=lambda: started.append(True))
-    built: Any = SimpleNamespace(
-        config=EngineConfig(**settings), runner=SimpleNamespace(programs=programs)
-    )
-    monkeypatch.setattr(build.jax, "default_backend", lambda: platform)
-    build.start_compiling(built)
-    assert started == [True] * starts
+    asked: list[bool] = []
+    runner = SimpleNamespace(start_compiling=asked.append)
+    for config in (EngineConfig(), EngineConfig(enforce_eager=True)):
+        built: Any = SimpleNamespace(config=config, runner=runner)
+        build.start_compiling(built, everything)
+    assert asked == [everything]
 
 
 def test_garbage_collection_is_as_before_after_starting(directory: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from typing import Any
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxserve.engine.programs import Lower, Programs, compile_events
+from jaxserve.engine.programs import FAIR_INTERVAL, Lower, Programs, compile_events
 from jaxserve.engine.stats import Stats
 from jaxserve.errors import EngineClosedError
 
@@ -207,3 +208,27 @@ def test_compilations_of_the_process_are_counted() -> None:
     jax.jit(lambda x: x * time.time())(jnp.zeros(17))
     assert compile_events()["compilations"] > before
     assert compile_events() is compile_events()
+
+
+def test_what_is_urgent_is_started_first_and_the_rest_later() -> None:
+    stats = Stats()
+    programs = Programs({index: lowering(index) for index in range(4)}, stats)
+    programs.start(keys=(2, 1))
+    while not (programs.ready(1) and programs.ready(2)):
+        time.sleep(0.001)
+    assert programs.num_ready == 2
+    programs.start()
+    programs.wait()
+    programs.start()
+    assert stats.compilations == {"warmup": 4}
+
+
+def test_threads_take_short_turns_while_programs_are_compiled() -> None:
+    usual, gate = sys.getswitchinterval(), Gate()
+    programs = Programs({0: gate}, Stats())
+    programs.start()
+    assert gate.entered.wait(30)
+    assert sys.getswitchinterval() == pytest.approx(FAIR_INTERVAL)
+    gate.open.set()
+    programs.close()
+    assert sys.getswitchinterval() == pytest.approx(usual)
