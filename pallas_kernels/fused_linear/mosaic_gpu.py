@@ -139,7 +139,7 @@ def fused_linear(
     """See ``api.fused_linear``.
 
     Args:
-        config: None takes the tuned one, or a guess.
+        config: None takes the tuned one.
         interpret: True or ``InterpretGPUParams`` to run on a CPU, slowly. The latter must let reads
             go out of bounds unless ``x`` consists of whole tiles.
 
@@ -451,11 +451,13 @@ def tuning_key(x: jax.Array, w: jax.Array, **options: Any) -> str:
 
 def _chosen(x: jax.Array, w: jax.Array, **options: Any) -> Config:
     tuned = tuning.lookup("fused_linear", "mosaic_gpu", tuning_key(x, w, **options))
-    return Config(**tuned) if tuned is not None else _default(x, w, **options)
+    if tuned is None:
+        raise NotImplementedError("cuBLAS may be faster; the table holds the cases where it isn't")
+    return Config(**tuned)
 
 
-def _default(x: jax.Array, w: jax.Array, **options: Any) -> Config:
-    """A guess: nothing has been measured yet."""
+def guess(x: jax.Array, w: jax.Array, **options: Any) -> Config:
+    """What is fast by ``_estimate``."""
     shapes = _tilings(x, w, **options)
     if not shapes:
         raise NotImplementedError(f"the Mosaic GPU kernel has no tiles for {w.shape}")
