@@ -84,17 +84,10 @@ class Layout:
 
     @classmethod
     def make(
-        cls,
-        bucket: Bucket,
-        page_size: int,
-        rows: int,
-        group: int,
-        split: bool,
-        tables: int = 1,
-        kv_heads: int = 1,
+        cls, bucket: Bucket, page_size: int, rows: int, group: int, split: bool, tables: int = 1
     ) -> Layout:
         """The layout for a model whose widest GQA group is ``group``; see ``plan_sizes``."""
-        sizes = plan_sizes(bucket.lanes, bucket.tokens, group, split, kv_heads)
+        sizes = plan_sizes(bucket.lanes, bucket.tokens, group, split)
         return cls(bucket, page_size, rows, tables, sizes)
 
     @property

@@ -161,7 +161,7 @@ class Programs:
         asked for before; by default with half the cores, since XLA's compiler runs threads of its
         own."""
         with self._changed:
-            wanted = [key for key in (keys or list(self._left)) if key in self._left]
+            wanted = [key for key in dict.fromkeys(keys or self._left) if key in self._left]
             for key in wanted:
                 del self._left[key]
             self._queue += wanted

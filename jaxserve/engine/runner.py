@@ -71,12 +71,9 @@ class Runner:
         self._params: Params | None = None
         self._tables = len(model.page_groups.windows)
         group = max(s.attention.num_heads // s.attention.num_kv_heads for s in model.layers)
-        kv_heads = max(1, min(s.attention.num_kv_heads for s in model.layers) // mesh.size)
         split = jax.default_backend() != "cpu"
         self._layouts = {
-            bucket: Layout.make(
-                bucket, config.block_size, self._rows, group, split, self._tables, kv_heads
-            )
+            bucket: Layout.make(bucket, config.block_size, self._rows, group, split, self._tables)
             for bucket in buckets
         }
         max_pages = -(-config.max_model_len // config.block_size)

@@ -200,7 +200,7 @@ def _embed(config: ModelConfig, params: Params, inputs: StepInputs) -> jax.Array
     return x
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # layers alike are traced and lowered once
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _layer(
     layer: LayerSpec,
     kernels: Kernels,
@@ -210,16 +210,14 @@ def _layer(
     inputs: StepInputs,
     cos_sin: rope.CosSin | None,
 ) -> tuple[Residual, LayerCache]:
+    """Like its halves, traced and lowered once for all layers that are alike."""
+
     def attend(h: jax.Array) -> tuple[jax.Array, LayerCache]:
         own = under("attention", weights)
-        apply = ATTENTION[type(layer.attention)].apply
-        return apply(layer.attention, own, h, cache, inputs, cos_sin, kernels)
+        return _attend(layer.attention, kernels, own, h, cache, inputs, cos_sin)
 
     def feed_forward(h: jax.Array) -> jax.Array:
-        own = under("ffn", weights)
-        if isinstance(layer.ffn, MoESpec):
-            return moe.apply(layer.ffn, own, h, kernels, inputs.is_token)
-        return ffn.apply(layer.ffn, own, h, kernels)
+        return _feed_forward(layer.ffn, kernels, under("ffn", weights), h, inputs.is_token)
 
     def before(which: str, residual: Residual) -> tuple[Residual, jax.Array]:
         if layer.norm_order == "post":
@@ -245,6 +243,28 @@ def _layer(
     h, new_cache = attend(h)
     residual, h = before("ffn_norm", after("attention_norm", residual, h))
     return after("ffn_norm", residual, feed_forward(h)), new_cache
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _attend(
+    spec: AttentionSpec | LatentAttentionSpec,
+    kernels: Kernels,
+    weights: Params,
+    h: jax.Array,
+    cache: LayerCache,
+    inputs: StepInputs,
+    cos_sin: rope.CosSin | None,
+) -> tuple[jax.Array, LayerCache]:
+    return ATTENTION[type(spec)].apply(spec, weights, h, cache, inputs, cos_sin, kernels)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _feed_forward(
+    spec: MLPSpec | MoESpec, kernels: Kernels, weights: Params, h: jax.Array, is_token: jax.Array
+) -> jax.Array:
+    if isinstance(spec, MoESpec):
+        return moe.apply(spec, weights, h, kernels, is_token)
+    return ffn.apply(spec, weights, h, kernels)
 
 
 def _final(config: ModelConfig, kernels: Kernels, params: Params, residual: Residual) -> jax.Array:

@@ -89,9 +89,7 @@ BENCHMARKS = tuple(
 def make(case: Case, seed: int, split: bool = True) -> dict[str, Any]:
     """Random arguments of ``latent_attention``; see ``paged_attention``'s."""
     rng = np.random.default_rng(seed)
-    table, batch, tokens = ragged(
-        rng, case.lanes, case.padding, case.page_size, case.heads, 1, split
-    )
+    table, batch, tokens = ragged(rng, case.lanes, case.padding, case.page_size, case.heads, split)
     return {
         "q": normal(rng, (tokens, case.heads, case.size), case.dtype),
         "pages": normal(rng, (table.size + 1, 1, case.page_size, case.size), case.dtype),

@@ -68,22 +68,18 @@ class PlanSizes:
     min_chunk: int = 128
 
 
-def plan_sizes(lanes: int, tokens: int, group: int, split: bool, kv_heads: int = 1) -> PlanSizes:
+def plan_sizes(lanes: int, tokens: int, group: int, split: bool) -> PlanSizes:
     """Sizes for a bucket of ``lanes`` lanes and ``tokens`` token places.
 
     Args:
         lanes, tokens: the bucket; decode-only if they are equal.
         group: the largest number of query heads that share a KV head.
         split: whether to leave room for splitting long contexts (worthwhile on a GPU).
-        kv_heads: on one device; a decode item is a program for each of them.
     """
     tile_tokens = max(1, 128 // power_of_two(group))
     # Each lane may end in a partly filled tile.
     tiles = 0 if tokens == lanes else -(-tokens // tile_tokens) + lanes
-    # Enough for one long context to keep a GPU busy, and no more: 400 programs without work cost
-    # 0.5 to 1 µs.
-    spare = min(64, max(2 * lanes, 128 // kv_heads)) if split else 0
-    return PlanSizes(lanes, lanes + spare, tiles, tile_tokens)
+    return PlanSizes(lanes, lanes + 64 if split else lanes, tiles, tile_tokens)
 
 
 def plan(query_len: np.ndarray, kv_len: np.ndarray, sizes: PlanSizes) -> dict[str, np.ndarray]:

@@ -156,7 +156,7 @@ def make(case: Case, seed: int, split: bool = True) -> dict:
     """
     rng = np.random.default_rng(seed)
     table, batch, tokens = ragged(
-        rng, case.lanes, case.padding, case.page_size, case.heads, case.kv_heads, split
+        rng, case.lanes, case.padding, case.page_size, case.heads // case.kv_heads, split
     )
     pool = (table.size + 1, case.kv_heads, case.page_size, case.head_size)
     return {
@@ -183,8 +183,7 @@ def ragged(
     lanes: tuple[tuple[int, int], ...],
     padding: int,
     page_size: int,
-    heads: int,
-    kv_heads: int,
+    group: int,
     split: bool = True,
 ) -> tuple[jax.Array, AttentionBatch, int]:
     """A page table without page 0, a batch, and the token places of the step; see ``make``."""
@@ -196,7 +195,7 @@ def ragged(
     width = -(-int(kv_len.max()) // page_size) + 1
     table = (rng.permutation(count * width) + 1).reshape(count, width).astype(np.int32)
     rows = rng.permutation(count).astype(np.int32)
-    sizes = plan_sizes(count, tokens, heads // kv_heads, split, kv_heads)
+    sizes = plan_sizes(count, tokens, group, split)
 
     def padded(values: np.ndarray) -> np.ndarray:
         return np.pad(values, (0, padding)).astype(np.int32)
