@@ -139,6 +139,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Completes prompts; returns one output per prompt, in their order.
 
+        Among prompts of one priority, those with the largest max_tokens get their turn first: with
+        the longest at the end, the last steps would have few rows.
+
         Args:
             prompts: texts, lists of token ids, or dicts with "prompt" or "prompt_token_ids", and
                 optionally "cache_salt".
@@ -154,15 +157,16 @@ class LLM:
         items = as_list(prompts)
         params = self._params_for(sampling_params, len(items))
         ranks = priorities(priority, len(items))
+        names = [self._next_name() for _ in items]
+        requests = list(zip(names, items, params, ranks))
+        requests.sort(key=lambda request: -(request[2].max_tokens or engine.max_model_len))
         generations = Generations(engine, self._tokenizer, on_text)
         try:
-            outputs = [
-                generations.add(self._next_name(), *prompt) for prompt in zip(items, params, ranks)
-            ]
+            outputs = {request[0]: generations.add(*request) for request in requests}
             generations.run(use_tqdm)
         finally:
             generations.clear()
-        return outputs
+        return [outputs[name] for name in names]
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False

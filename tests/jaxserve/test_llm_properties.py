@@ -111,6 +111,20 @@ def test_a_pool_so_small_that_requests_lose_their_pages(
         assert (llm.stats.cached_tokens > 0) == prefix_caching
 
 
+def test_the_longest_answers_begin_first_so_that_steps_stay_full(directory: Path) -> None:
+    lengths = [2, 3, 2, 12, 3]
+    prompts = [[10 + index] for index in range(len(lengths))]
+    params = [greedy_params(length) for length in lengths]
+    steps = {}
+    for name, order in (("all given at once", None), ("in their order", range(len(lengths)))):
+        with small_llm(directory, max_num_seqs=2, max_model_len=88) as llm:
+            outputs = llm.generate(prompts, params, priority=order, use_tqdm=False)
+            steps[name] = llm.stats.steps
+        assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
+        assert [output.prompt_token_ids for output in outputs] == prompts
+    assert steps["all given at once"] + 2 <= steps["in their order"]
+
+
 @pytest.mark.parametrize("chunk", [8, 13, 64])
 def test_the_step_size_changes_nothing(
     directory: Path, prompts: list[list[int]], naive: list[list[int]], chunk: int
