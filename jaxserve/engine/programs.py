@@ -117,8 +117,8 @@ FAIR_THREADS = _FairThreads()
 class Programs:
     """A fixed set of programs by key.
 
-    Compiling goes on in background threads from ``start`` on, in the given order. A caller
-    that needs a program that isn't ready compiles it itself, or waits for the thread that does.
+    Compiling goes on in background threads from ``start`` on, in the given order. A caller that
+    needs a program that isn't ready compiles it itself, or waits for the thread that does.
     Only one is traced and lowered at a time: that is Python, and threads that fight for the
     interpreter's lock would hold up the most urgent program, and the steps of who serves already.
 
@@ -161,14 +161,15 @@ class Programs:
         asked for before; by default with half the cores, since XLA's compiler runs threads of its
         own."""
         with self._changed:
-            wanted = [key for key in dict.fromkeys(keys or self._left) if key in self._left]
+            asked = self._left if keys is None else keys
+            wanted = [key for key in dict.fromkeys(asked) if key in self._left]
             for key in wanted:
                 del self._left[key]
             self._queue += wanted
             self._started = True
             most = threads or max(1, min(8, (os.cpu_count() or 1) // 2))
-            idle = most - self._num_working
-            self._num_working += (new := min(idle, len(wanted)))
+            new = max(0, min(most - self._num_working, len(wanted)))
+            self._num_working += new
         for _ in range(new):
             thread = threading.Thread(target=self._work, name="jaxserve-compile", daemon=True)
             thread.start()
