@@ -258,7 +258,7 @@ def test_a_stopped_process_is_noticed_within_five_seconds_and_killed(
         first = pid_of(client)
         streams = [client.submit(str(i), [i], greedy(3000)) for i in range(3)]
         readers = [asyncio.create_task(read(stream)) for stream in streams]
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1.0)  # by then the supervisor has heard from it, too
         os.kill(first, signal.SIGSTOP)
         stopped = time.monotonic()
         for _, last in await asyncio.gather(*readers):
