@@ -133,9 +133,9 @@ def plan_memory(
     in_use, limit = _device_memory(mesh.local_devices, config.gpu_memory_utilization, fraction)
     slack = 0
     if limit is not None:
-        # Loading a weight takes memory beside it, at most as much again. What it gives back may
-        # lie between two weights, where steps can use it but none of the cache's large arrays has
-        # room. And each of those is rounded.
+        # Making a weight may take as much memory again (that it takes less isn't measured). What
+        # it gives back may lie between two weights, where steps can use it but none of the cache's
+        # large arrays has room. And each of those is rounded.
         slack = max(shards) + UNSPLIT + ROUNDING * len(pages)
         cache_bytes = limit - in_use - weight_bytes - activations - slack
     else:

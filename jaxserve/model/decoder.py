@@ -163,7 +163,7 @@ def head_weight(config: ModelConfig) -> str:
 def _run_layers(
     config: ModelConfig, params: Params, cache: KVCache, inputs: StepInputs, kernels: Kernels
 ) -> tuple[Residual, KVCache]:
-    residual = Residual(_embed(config, params, inputs))
+    residual = Residual(_embed(config, kernels, params, inputs))
     tables = {
         spec: rope.cos_sin(spec, inputs.positions, inputs.rope_lengths)
         for spec in config.rope_specs
@@ -180,7 +180,7 @@ def _run_layers(
     return residual, tuple(places)
 
 
-def _embed(config: ModelConfig, params: Params, inputs: StepInputs) -> jax.Array:
+def _embed(config: ModelConfig, kernels: Kernels, params: Params, inputs: StepInputs) -> jax.Array:
     table = params["embed/tokens"]
     ids = inputs.token_ids
     if table.shape[0] < config.vocab_size:  # this device holds a part of the vocabulary
@@ -192,7 +192,7 @@ def _embed(config: ModelConfig, params: Params, inputs: StepInputs) -> jax.Array
     if config.embedding_scale != 1.0:
         x = x * config.embedding_scale
     if "embed/project_in" in params:
-        x = linear(x, params["embed/project_in"])
+        x = linear(x, params["embed/project_in"], implementation=kernels.fused_linear)
     if config.learned_positions is not None:
         x = x + params["embed/positions"][inputs.positions + config.learned_positions.offset]
     if config.embedding_norm is not None:
@@ -273,5 +273,5 @@ def _final(config: ModelConfig, kernels: Kernels, params: Params, residual: Resi
     else:
         x = residual.normalized(config.final_norm, under("head/norm", params), kernels)[1]
     if "head/project_out" in params:
-        x = linear(x, params["head/project_out"])
+        x = linear(x, params["head/project_out"], implementation=kernels.fused_linear)
     return x

@@ -25,7 +25,7 @@ from pallas_kernels.lowering import can_lower_triton
 MIN_ROWS = 16
 """Rows of the matrix unit's smallest tile."""
 MAX_ROWS = 64
-"""With more, cuBLAS's own products are as good."""
+"""With more, the tensor cores are the limit: see ``mosaic_gpu``, and cuBLAS is as good."""
 MIN_PROGRAMS = 96
 """Fewer than this leave too many multiprocessors idle."""
 MAX_SPLITS = 8
