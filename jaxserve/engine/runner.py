@@ -26,17 +26,17 @@ from jaxserve.model import decoder
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.params import Params
 from jaxserve.sampling import edits
-from jaxserve.sampling.sample import VARIANTS, Sampled, Variant
+from jaxserve.sampling.sample import SAMPLERS, VARIANTS, Sampled, Variant
 from pallas_kernels.dispatch import CHOOSE, Kernels
 
 
 @dataclass(frozen=True)
 class StepHandle:
-    """A dispatched step: its decision; what it will have sampled, or if it samples nothing, the
-    logits to wait for; and what it reads of prompts, if anything."""
+    """A dispatched step: its decision; what it will have sampled; and what it reads of prompts, if
+    anything."""
 
     decision: Decision
-    results: Sampled | jax.Array
+    sampled: Sampled
     reads: Reads | None = None
 
 
@@ -141,14 +141,14 @@ class Runner:
         key = ("forward", bucket) if plan is None else ("forward_with_hidden",)
         forward = self.programs.get(key)
         sample = None
-        if decision.samples.any():
+        if variant in SAMPLERS and decision.samples.any():
             sample = self.programs.get(("sample", bucket.lanes, variant))
         self._stats.steps += 1
         self._stats.scheduled_tokens += num_tokens
         self._stats.padded_tokens += bucket.tokens
-        results, hidden = self._launch(forward, sample, packed, early, counted, edited)
+        sampled, hidden = self._launch(forward, sample, packed, early, counted, edited)
         reads = self._read_prompts(plan, hidden[0]) if plan is not None else None
-        return StepHandle(decision, results, reads)
+        return StepHandle(decision, sampled, reads)
 
     def _launch(
         self,
@@ -158,9 +158,9 @@ class Runner:
         early_updates: Sequence[np.ndarray],
         counted: Sequence[np.ndarray],
         edited: Sequence[np.ndarray],
-    ) -> tuple[Sampled | jax.Array, Sequence[jax.Array]]:
-        """Starts a step's programs; returns what was sampled, or if nothing was, the logits; and
-        the hidden states, if ``forward`` gives them.
+    ) -> tuple[Sampled, Sequence[jax.Array]]:
+        """Starts a step's programs; returns what was sampled, and the hidden states, if ``forward``
+        gives them.
 
         Nothing of a step is kept but what was sampled, so that the next step's buffers get the
         same addresses: a CUDA graph whose addresses change must be patched node by node.
@@ -177,14 +177,12 @@ class Runner:
         for words in edited:
             table_of_edits = self.programs.get(("write_edits",))(sampler.edits, words)
             sampler = replace(sampler, edits=table_of_edits)
-        cache, table, logits, *hidden, words = forward(
-            self._params, state.cache, table, sampler.last_token, packed
-        )
-        self._state = StepState(cache, table, sampler)
-        if sample is None:
-            return logits, hidden
-        sampler, sampled = sample(logits, sampler, words)
-        self._state = replace(self._state, sampler=sampler)
+        state = StepState(state.cache, table, sampler)
+        state, sampled, logits, words, *hidden = forward(self._params, state, packed)
+        if sample is not None:
+            sampler, sampled = sample(logits, state.sampler, words)
+            state = replace(state, sampler=sampler)
+        self._state = state
         jax.tree.map(lambda array: array.copy_to_host_async(), sampled)
         return sampled, hidden
 
@@ -202,12 +200,9 @@ class Runner:
 
     def collect(self, handle: StepHandle) -> StepResult:
         """Waits for a step; what its lanes chose."""
-        decision, results = handle.decision, handle.results
+        decision = handle.decision
         reads = prompt_reads.gather(handle.reads) if handle.reads is not None else ()
-        if not isinstance(results, Sampled):
-            results.block_until_ready()
-            return StepResult([-1] * decision.num_lanes, None, reads)
-        sampled = jax.tree.map(np.asarray, results)
+        sampled = jax.tree.map(np.asarray, handle.sampled)
         token_ids = sampled.tokens[: decision.num_lanes].tolist()
         if sampled.logprobs is None:
             return StepResult(token_ids, None, reads)
@@ -242,7 +237,8 @@ class Runner:
         for bucket in fitting:
             if self.programs.ready(("forward", bucket)):
                 for better in able:
-                    if self.programs.ready(("sample", bucket.lanes, better)):
+                    key = ("sample", bucket.lanes, better)
+                    if better not in SAMPLERS or self.programs.ready(key):
                         return bucket, better
         return fitting[0], variant
 

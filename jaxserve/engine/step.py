@@ -1,7 +1,7 @@
 """The programs of a step, and the state that passes from step to step on the devices.
 
-Two programs make a step: ``forward``, to the logits of the sampled tokens, and ``sample``. The
-first hands the sampler's part of the packed inputs on to the second.
+``forward`` makes a step, to the likeliest tokens; where somebody wants others, ``sample`` chooses
+anew from its logits, with the sampler's part of the packed inputs, which it hands on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from jaxserve.model import decoder, kv_cache
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.kv_cache import KVCache
 from jaxserve.sampling import edits
-from jaxserve.sampling.sample import VARIANTS, SamplerState, Variant, count_tokens, sample
+from jaxserve.sampling.sample import SAMPLERS, SamplerState, Variant, count_tokens, sample
 from pallas_kernels.dispatch import CHOOSE, Kernels
 
 COUNT_PIECE = 512
@@ -96,7 +96,7 @@ class StepPrograms:
         urgent = list(self.urgent_keys())
         for bucket in self._layouts:
             programs["forward", bucket] = functools.partial(self._lower_forward, bucket)
-            for variant in VARIANTS:
+            for variant in SAMPLERS:
                 key = ("sample", bucket.lanes, variant)
                 programs[key] = functools.partial(self._lower_sample, bucket, variant)
         programs["count_tokens",] = self._lower_count_tokens
@@ -119,34 +119,40 @@ class StepPrograms:
         mixed = next(bucket for bucket in self._layouts if not bucket.decode_only)
         for bucket in (mixed, next(iter(self._layouts))):
             yield ("forward", bucket)
-            yield ("sample", bucket.lanes, "sample")  # it does greedy lanes too
+            yield ("sample", bucket.lanes, "sample")
 
     def _lower_forward(self, bucket: Bucket, hidden: bool = False) -> jax.stages.Lowered:
-        layout, model, state = self._layouts[bucket], self._model, self.state
-        kernels = self._kernels
-
-        def forward(params, cache, page_table, last_token, packed):
-            inputs, page_table = batch.unpack_inputs(layout, packed, page_table, last_token)
-            function = decoder.forward_with_hidden if hidden else decoder.forward
-            *outputs, cache = function(model, params, cache, inputs, kernels)
-            return cache, page_table, *outputs, packed[: layout.sampling_size]
-
+        layout, model, kernels = self._layouts[bucket], self._model, self._kernels
+        function = decoder.forward_with_hidden if hidden else decoder.forward
         more = (WHOLE,) if hidden else ()
+
+        def run(params, cache, inputs):
+            *outputs, cache = function(model, params, cache, inputs, kernels)
+            return cache, *outputs
+
         if self._mesh.size > 1:
             cache = kv_cache.partitions(model)
-            forward = jax.shard_map(
-                forward,
+            run = jax.shard_map(
+                run,
                 mesh=self._mesh,
-                in_specs=(self._specs, cache, WHOLE, WHOLE, WHOLE),
-                out_specs=(cache, WHOLE, self._logits_spec, *more, WHOLE),
+                in_specs=(self._specs, cache, WHOLE),
+                out_specs=(cache, self._logits_spec, *more),
                 check_vma=False,
             )
-        table, last_token = state.page_table, state.sampler.last_token
-        words = self._int32(layout.sampling_size)
-        outputs = (state.cache, table, self._logits(bucket), *(self._hidden for _ in more), words)
-        jitted = jax.jit(forward, donate_argnums=(1, 2), out_shardings=_shardings(outputs))
-        packed = self._int32(layout.size)
-        return jitted.lower(self._params, state.cache, table, last_token, packed)
+
+        def forward(params, state, packed):
+            last_token, words = state.sampler.last_token, packed[: layout.sampling_size]
+            inputs, table = batch.unpack_inputs(layout, packed, state.page_table, last_token)
+            cache, logits, *states = run(params, state.cache, inputs)
+            wanted = batch.unpack_sampling(layout, words)
+            sampler, sampled = sample("greedy", logits, state.sampler, wanted)
+            return StepState(cache, table, sampler), sampled, logits, words, *states
+
+        whole = NamedSharding(self._mesh, WHOLE)
+        outputs = (_shardings(self.state), whole, self._logits(bucket).sharding, whole)
+        shardings = (*outputs, *(whole for _ in more))
+        jitted = jax.jit(forward, donate_argnums=1, out_shardings=shardings)
+        return jitted.lower(self._params, self.state, self._int32(layout.size))
 
     def _lower_sample(self, bucket: Bucket, variant: Variant) -> jax.stages.Lowered:
         # All buckets with as many lanes share the program: the sampler's words are the same.

@@ -19,6 +19,9 @@ log-probabilities and edits of single logits too."""
 VARIANTS: tuple[Variant, ...] = ("greedy", "sample", "full")
 """Each does what those before it do, with the same tokens."""
 
+SAMPLERS = VARIANTS[1:]
+"""Those with a program of their own; the forward pass chooses greedily anyway."""
+
 BAD_ROW = -1
 """The token of a lane whose logits held NaN or left nothing to choose."""
 

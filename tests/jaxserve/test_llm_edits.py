@@ -136,9 +136,9 @@ def test_the_sampler_without_edits_runs_where_nobody_asks(
     with small_llm(directory, decode_shape=False) as llm:
         tokens_of(llm, prompts[:1], greedy_params(2))
         assert not any(key[0] == "write_edits" for key in llm.programs._ready)
-        assert {key[2] for key in llm.programs._ready if key[0] == "sample"} == {"greedy"}
+        assert not any(key[0] == "sample" for key in llm.programs._ready)
         tokens_of(llm, prompts[:1], asked[0])
-        assert {key[2] for key in llm.programs._ready if key[0] == "sample"} == {"greedy", "full"}
+        assert {key[2] for key in llm.programs._ready if key[0] == "sample"} == {"full"}
 
 
 def test_requests_that_lose_their_pages_keep_their_edits(
