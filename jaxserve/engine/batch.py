@@ -258,6 +258,7 @@ def unpack_inputs(
     token_ids = jnp.where(unknown, last_token[row], fields["token_ids"])
     tables = page_table.reshape(layout.tables, layout.rows, -1)
     page = tables[:, row, position // layout.page_size]
+    last = jnp.maximum(fields["query_start"] + fields["query_len"] - 1, 0)
     names = AttentionBatch.__dataclass_fields__.keys() & fields.keys()
     inputs = StepInputs(
         token_ids=token_ids,
@@ -265,7 +266,7 @@ def unpack_inputs(
         rope_lengths=fields["rope_length"][lane],
         write_page=jnp.where(real, page, PADDING_PAGE),
         write_slot=position % layout.page_size,
-        sample_index=jnp.maximum(fields["query_start"] + fields["query_len"] - 1, 0),
+        sample_index=None if layout.bucket.decode_only else last,
         page_table=tables,
         attention=AttentionBatch(
             **{name: fields[name] for name in names}, tile_tokens=layout.plan.tile_tokens

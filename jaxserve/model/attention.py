@@ -51,11 +51,15 @@ def apply(
     inputs: StepInputs,
     cos_sin: rope.CosSin | None,
     kernels: Kernels = CHOOSE,
+    wanted: jax.Array | None = None,
 ) -> tuple[jax.Array, kv_cache.LayerCache]:
     """Attends from x [T, hidden] to each request's tokens so far.
 
+    Args:
+        wanted: int32 [W], the tokens whose output is wanted; None for all (W = T).
+
     Returns:
-        Terms [S, T, hidden] whose sum is the output, and the layer's cache with this step's keys
+        Terms [S, W, hidden] whose sum is the output, and the layer's cache with this step's keys
         and values written.
     """
     k_pages, v_pages = cache
@@ -93,6 +97,7 @@ def apply(
         variant=_variant(spec, params),
     )
     o = o.reshape(-1, *params["out"].shape[1:])
+    o = o if wanted is None else o[wanted]
     terms = linear_terms(o, params["out"], kernels.fused_linear)
     return reduce_terms(terms, params.get("out_bias")), (k_pages, v_pages)
 

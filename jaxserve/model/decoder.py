@@ -126,9 +126,8 @@ def forward(
         float32 logits [L, vocab] (one device's part of the vocabulary where it is split) of the
         tokens ``inputs.sample_index``, and the cache with this step's keys and values.
     """
-    residual, cache = _run_layers(config, params, cache, inputs, kernels)
-    hidden = _final(config, kernels, params, residual.take(inputs.sample_index))
-    return logits(config, params, hidden, kernels), cache
+    residual, cache = _run_layers(config, params, cache, inputs, kernels, inputs.sample_index)
+    return logits(config, params, _final(config, kernels, params, residual), kernels), cache
 
 
 def forward_with_hidden(
@@ -142,7 +141,8 @@ def forward_with_hidden(
     states, normalized and projected, [T, embedding_size]."""
     residual, cache = _run_layers(config, params, cache, inputs, kernels)
     hidden = _final(config, kernels, params, residual)
-    return logits(config, params, hidden[inputs.sample_index], kernels), hidden, cache
+    sampled = hidden if inputs.sample_index is None else hidden[inputs.sample_index]
+    return logits(config, params, sampled, kernels), hidden, cache
 
 
 def logits(
@@ -161,8 +161,15 @@ def head_weight(config: ModelConfig) -> str:
 
 
 def _run_layers(
-    config: ModelConfig, params: Params, cache: KVCache, inputs: StepInputs, kernels: Kernels
+    config: ModelConfig,
+    params: Params,
+    cache: KVCache,
+    inputs: StepInputs,
+    kernels: Kernels,
+    wanted: jax.Array | None = None,
 ) -> tuple[Residual, KVCache]:
+    """The stream of the tokens ``wanted`` [L] behind all layers; of all if None. The others have
+    done their part with the last layer's keys and values."""
     residual = Residual(_embed(config, kernels, params, inputs))
     tables = {
         spec: rope.cos_sin(spec, inputs.positions, inputs.rope_lengths)
@@ -174,8 +181,9 @@ def _run_layers(
         weights = under(f"layers/{index}", params)
         cos_sin = tables[layer.attention.rope] if layer.attention.rope is not None else None
         place, own = groups.place[index], inputs_of[groups.table[index]]
+        last = index == len(config.layers) - 1
         residual, places[place] = _layer(
-            layer, kernels, weights, residual, places[place], own, cos_sin
+            layer, kernels, weights, residual, places[place], own, cos_sin, wanted if last else None
         )
     return residual, tuple(places)
 
@@ -209,15 +217,18 @@ def _layer(
     cache: LayerCache,
     inputs: StepInputs,
     cos_sin: rope.CosSin | None,
+    wanted: jax.Array | None,
 ) -> tuple[Residual, LayerCache]:
-    """Like its halves, traced and lowered once for all layers that are alike."""
+    """Like its halves, traced and lowered once for all layers that are alike. Behind the attention
+    go on only the tokens ``wanted``, or all if None."""
 
     def attend(h: jax.Array) -> tuple[jax.Array, LayerCache]:
         own = under("attention", weights)
-        return _attend(layer.attention, kernels, own, h, cache, inputs, cos_sin)
+        return _attend(layer.attention, kernels, own, h, cache, inputs, cos_sin, wanted)
 
     def feed_forward(h: jax.Array) -> jax.Array:
-        return _feed_forward(layer.ffn, kernels, under("ffn", weights), h, inputs.is_token)
+        is_token = inputs.is_token if wanted is None else inputs.is_token[wanted]
+        return _feed_forward(layer.ffn, kernels, under("ffn", weights), h, is_token)
 
     def before(which: str, residual: Residual) -> tuple[Residual, jax.Array]:
         if layer.norm_order == "post":
@@ -237,10 +248,12 @@ def _layer(
     if layer.parallel is not None:
         same = layer.parallel == "one_norm"
         ffn_input = h if same else norms.apply(layer.norm, under("ffn_norm", weights), residual.x)
+        ffn_input = ffn_input if wanted is None else ffn_input[wanted]
         h, new_cache = attend(h)
         terms = jnp.concatenate([h, feed_forward(ffn_input)])
-        return Residual(residual.x, terms), new_cache
+        return Residual(residual.take(wanted).x, terms), new_cache
     h, new_cache = attend(h)
+    residual = residual.take(wanted)
     residual, h = before("ffn_norm", after("attention_norm", residual, h))
     return after("ffn_norm", residual, feed_forward(h)), new_cache
 
@@ -254,8 +267,9 @@ def _attend(
     cache: LayerCache,
     inputs: StepInputs,
     cos_sin: rope.CosSin | None,
+    wanted: jax.Array | None,
 ) -> tuple[jax.Array, LayerCache]:
-    return ATTENTION[type(spec)].apply(spec, weights, h, cache, inputs, cos_sin, kernels)
+    return ATTENTION[type(spec)].apply(spec, weights, h, cache, inputs, cos_sin, kernels, wanted)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

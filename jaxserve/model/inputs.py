@@ -16,7 +16,7 @@ from pallas_kernels.paged_attention import AttentionBatch
 class StepInputs:
     """Arrays of one step with T token places and L lanes (requests in the step).
 
-    Padding tokens write to page 0; padding lanes have no query tokens and sample from token 0.
+    Padding tokens write to page 0; padding lanes have no query tokens and sample from any token.
 
     Attributes:
         token_ids, positions: int32 [T].
@@ -24,7 +24,8 @@ class StepInputs:
         write_page: int32 [tables, T], the page that each token's keys and values go to, in each of
             the page tables; [T] for one table's layers.
         write_slot: int32 [T], where in that page.
-        sample_index: int32 [L], which token's logits each lane wants.
+        sample_index: int32 [L], which token's logits each lane wants; None if every lane has one
+            token (T = L), its own.
         page_table: int32 [tables, rows, pages], the pages of each row in order; [rows, pages] for
             one table's layers.
         attention: which tokens see what.
@@ -35,7 +36,7 @@ class StepInputs:
     rope_lengths: jax.Array
     write_page: jax.Array
     write_slot: jax.Array
-    sample_index: jax.Array
+    sample_index: jax.Array | None
     page_table: jax.Array
     attention: AttentionBatch
 

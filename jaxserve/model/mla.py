@@ -54,11 +54,15 @@ def apply(
     inputs: StepInputs,
     cos_sin: rope.CosSin,
     kernels: Kernels = CHOOSE,
+    wanted: jax.Array | None = None,
 ) -> tuple[jax.Array, kv_cache.LayerCache]:
     """Attends from x [T, hidden] to each request's tokens so far.
 
+    Args:
+        wanted: int32 [W], the tokens whose output is wanted; None for all (W = T).
+
     Returns:
-        Terms [S, T, hidden] whose sum is the output, and the layer's cache with this step's
+        Terms [S, W, hidden] whose sum is the output, and the layer's cache with this step's
         latents and rotated keys written.
     """
     q_nope, q_rope = jnp.split(_queries(spec, params, x, kernels), (spec.nope_size,), -1)
@@ -82,6 +86,7 @@ def apply(
         latent_size=spec.latent_size,
         implementation=kernels.latent_attention,
     )
+    o = o if wanted is None else o[wanted]
     o = _per_head("thl,hvl->thv", o, params["v_up"])
     terms = linear_terms(o, params["out"], kernels.fused_linear)
     return reduce_terms(terms, params.get("out_bias")), (pages,)

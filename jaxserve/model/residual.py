@@ -36,8 +36,10 @@ class Residual(NamedTuple):
         total = self.x.astype(jnp.float32) + self.pending.sum(0, dtype=jnp.float32)
         return total.astype(self.x.dtype)
 
-    def take(self, index: jax.Array) -> Residual:
-        """The stream of the tokens ``index`` [L]."""
+    def take(self, index: jax.Array | None) -> Residual:
+        """The stream of the tokens ``index`` [L]; of all if None."""
+        if index is None:
+            return self
         return Residual(self.x[index], None if self.pending is None else self.pending[:, index])
 
     def normalized(

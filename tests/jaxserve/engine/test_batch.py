@@ -145,7 +145,8 @@ def test_the_model_gets_each_token_where_it_belongs(
         np.testing.assert_array_equal(inputs.write_slot[places], position % PAGE_SIZE)
         np.testing.assert_array_equal(inputs.rope_lengths[places], part.rope_length)
         at += part.count
-        assert inputs.sample_index[lane] == at - 1
+        sampled = np.arange(tokens) if inputs.sample_index is None else inputs.sample_index
+        assert sampled[lane] == at - 1
         attention = inputs.attention
         assert attention.row[lane] == part.row
         assert attention.query_start[lane] == at - part.count
@@ -158,7 +159,7 @@ def test_the_model_gets_each_token_where_it_belongs(
     count = len(parts)
     for name in ("query_len", "kv_len", "decode_count"):
         np.testing.assert_array_equal(getattr(inputs.attention, name)[count:], 0)
-    assert (np.asarray(inputs.sample_index) < tokens).all()
+    assert inputs.sample_index is None or (np.asarray(inputs.sample_index) < tokens).all()
 
 
 @pytest.mark.parametrize("split", [False, True])
