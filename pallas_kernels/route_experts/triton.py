@@ -29,8 +29,6 @@ BLOCK_ROWS = 16
 """Rows of the matrix unit's smallest tile; each block of so many has a program that chooses."""
 MAX_ROWS = 64
 """With more, a block's single program takes longer than XLA's kernels are to launch."""
-MIN_PROGRAMS = 64
-"""Fewer than this leave too much of the weight to each."""
 MAX_SPLITS = 16
 """More would cost the last program too much."""
 
@@ -95,13 +93,12 @@ def route_experts(
         config=config,
         parallel=not interpret,
     )
-    blocks = pl.cdiv(rows, BLOCK_ROWS)
-    if is_token is not None:  # equal in all layers, so XLA converts it once per step
-        is_token = is_token.astype(jnp.int32)
+    # For all blocks that there could be: a single zero might become a scalar that others read too.
+    arrivals = jnp.zeros(MAX_ROWS // BLOCK_ROWS, jnp.int32)
     experts, weights, _ = pl.pallas_call(
         kernel,
         name="route_experts",
-        grid=(blocks, pl.cdiv(count, config.experts), config.splits),
+        grid=(pl.cdiv(rows, BLOCK_ROWS), pl.cdiv(count, config.experts), config.splits),
         out_shape=(
             jax.ShapeDtypeStruct((rows, top_k), jnp.int32),
             jax.ShapeDtypeStruct((rows, top_k), jnp.float32),
@@ -109,7 +106,7 @@ def route_experts(
         ),
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
-    )(jnp.zeros(blocks, jnp.int32), x, w[None, None], bias, correction, is_token)
+    )(arrivals, x, w[None, None], bias, correction, is_token)
     return experts, weights
 
 
@@ -118,7 +115,7 @@ def _kernel(
     experts_ref, weights_ref, parts_ref,
     *, choice, config, parallel,
 ):  # fmt: skip
-    block = pl.program_id(0)
+    block, rows, count = pl.program_id(0), x_ref.shape[0], w_ref.shape[2]
     row = block * BLOCK_ROWS + jnp.arange(BLOCK_ROWS)
     _leave_part(x_ref, w_ref, parts_ref, row, config)
     if parallel:  # every thread's part is stored before one thread says so
@@ -127,13 +124,15 @@ def _kernel(
 
     @pl.when(before == pl.num_programs(1) * pl.num_programs(2) - 1)
     def _():
-        logits = _logits(parts_ref, bias_ref, row)
-        experts, weights = _choose(choice, logits, correction_ref, parts_ref.shape[2])
+        # All loads come first, so that they are in flight together.
+        width, is_token = max(BLOCK_ROWS, power_of_two(count)), row < rows
         if is_token_ref is not None:
-            is_token = plt.load(is_token_ref.at[row], mask=row < x_ref.shape[0], other=0)
-            experts = jnp.where(is_token[:, None] != 0, experts, -1)
+            is_token = plt.load(is_token_ref.at[row], mask=is_token, other=False)
+        bias, correction = (_load_row(ref, width) for ref in (bias_ref, correction_ref))
+        logits = _load_sums(parts_ref, row, width) + bias
+        experts, weights = _choose(choice, logits, correction, count)
         place, exists = _places(row, experts.shape[1], experts_ref.shape)
-        plt.store(experts_ref.at[place], experts, mask=exists)
+        plt.store(experts_ref.at[place], jnp.where(is_token[:, None], experts, -1), mask=exists)
         plt.store(weights_ref.at[place], weights, mask=exists)
         arrivals_ref[block] = 0
 
@@ -164,37 +163,38 @@ def _places(
     return (rows, columns), (rows < shape[0]) & (columns < shape[1])
 
 
-def _logits(parts_ref: Any, bias_ref: Any, row: jax.Array) -> jax.Array:
-    """The logits float32 [rows, experts] of a block of rows; the number of experts is padded."""
+def _load_sums(parts_ref: Any, row: jax.Array, width: int) -> jax.Array:
+    """The sums float32 [rows, width] of the parts; zero where there are none."""
     splits, rows, count = parts_ref.shape
-    place, exists = _places(row, max(BLOCK_ROWS, power_of_two(count)), (rows, count))
+    place, exists = _places(row, width, (rows, count))
     parts = [
         plt.load(parts_ref.at[jnp.full(exists.shape, split), *place], mask=exists, other=0)
         for split in range(splits)
     ]
-    logits = functools.reduce(jnp.add, parts)
-    return logits if bias_ref is None else logits + _row_of(bias_ref, exists.shape[1])
+    return functools.reduce(jnp.add, parts)
 
 
-def _row_of(ref: Any, width: int) -> jax.Array:
-    """An array [E] as float32 [1, width]."""
+def _load_row(ref: Any, width: int) -> jax.Array:
+    """An array [E] as float32 [1, width], with zeros behind it; zeros where there is no array."""
+    if ref is None:
+        return jnp.zeros((1, width), jnp.float32)
     column = jnp.arange(width)
     values = plt.load(ref.at[column], mask=column < ref.shape[0], other=0)
     return values.astype(jnp.float32)[None, :]
 
 
 def _choose(
-    choice: _Choice, logits: jax.Array, correction_ref: Any, count: int
+    choice: _Choice, logits: jax.Array, correction: jax.Array, count: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The experts and weights of each row, [rows, top_k]; the number of columns is padded.
+    """The experts and weights [rows, columns] of logits [rows, width], of which the first ``count``
+    columns are experts'; of what comes out, the first top_k columns are wanted.
 
-    In rounds of finding the best of those that are left. Counting who is better than whom would
-    need no rounds, but so many comparisons that it pays for a single row only.
+    In rounds of finding the best of those that are left: counting how many are better than each
+    would take no rounds, but rows * width * width comparisons.
     """
     rows, width = logits.shape
     expert = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
     scores = SCORES[choice.scores](jnp.where(expert < count, logits, -jnp.inf))
-    wanted = scores if correction_ref is None else scores + _row_of(correction_ref, width)
     columns = power_of_two(choice.top_k)
     column = jnp.broadcast_to(jnp.arange(columns)[None, :], (rows, columns))
 
@@ -210,7 +210,7 @@ def _choose(
         )
 
     carry = (
-        jnp.where(expert < count, wanted, -jnp.inf),
+        jnp.where(expert < count, scores + correction, -jnp.inf),
         jnp.full((rows, columns), -1, jnp.int32),
         jnp.zeros((rows, columns), jnp.float32),
     )
@@ -226,18 +226,17 @@ def _choose(
 def candidates(x: jax.Array, w: jax.Array, **options: Any) -> Iterable[Config]:
     """Configurations worth timing for these arguments."""
     count, size = w.shape
-    choices = itertools.product((16, 32), (128, 256, 512), (2, 4, 8, 16), (2, 4, 8), (2, 3))
+    choices = itertools.product((16, 32), (128, 256, 512), (1, 2, 4, 8, 16), (2, 4, 8), (2, 3, 4))
     for experts, inputs, splits, warps, stages in choices:
-        programs = pl.cdiv(count, experts) * splits
+        programs, steps = pl.cdiv(count, experts) * splits, size // (inputs * splits)
         loads = (experts + BLOCK_ROWS) * inputs * x.dtype.itemsize * stages
-        if size >= inputs * splits and 8 <= programs <= 256 and loads <= 200 << 10:
+        if stages <= max(2, steps) and steps and 8 <= programs <= 256 and loads <= 200 << 10:
             yield Config(experts, inputs, splits, warps, stages)
 
 
 def tuning_key(x: jax.Array, w: jax.Array, **options: Any) -> str:
     """What a tuned configuration depends on."""
-    rows = max(BLOCK_ROWS, power_of_two(x.shape[0]))
-    return f"{rows}x{w.shape[0]}x{x.shape[1]} {x.dtype}"
+    return f"{power_of_two(x.shape[0])}x{w.shape[0]}x{x.shape[1]} {x.dtype}"
 
 
 def _chosen(x: jax.Array, w: jax.Array) -> Config:
@@ -246,14 +245,14 @@ def _chosen(x: jax.Array, w: jax.Array) -> Config:
 
 
 def _default(x: jax.Array, w: jax.Array) -> Config:
-    """By reasoning, not measured: a few columns of a few experts each, loaded all at once."""
-    count, size = w.shape
-    inputs = 64 if x.dtype == jnp.float32 else 128
+    """By reasoning, not measured: splits until the last program would read more of the parts than
+    each does of the weight, and few steps, so that nearly all loads are in flight at once."""
+    (rows, size), itemsize = x.shape, x.dtype.itemsize
+    weight = BLOCK_ROWS * size * itemsize
+    part = min(rows, BLOCK_ROWS) * w.shape[0] * 4
+    widths = [bytes_each // itemsize for bytes_each in (1024, 512, 256)]
     splits = 1
-    while (
-        splits < MAX_SPLITS
-        and pl.cdiv(count, BLOCK_ROWS) * splits < MIN_PROGRAMS
-        and size >= 2 * splits * inputs
-    ):
+    while splits < MAX_SPLITS and weight >= (2 * splits) ** 2 * part and size >= 2 * splits * 128:
         splits *= 2
-    return Config(BLOCK_ROWS, inputs, splits, 4, 3)
+    inputs = next((width for width in widths if size % (width * splits) == 0), widths[-1])
+    return Config(BLOCK_ROWS, inputs, splits, 4, 4)
