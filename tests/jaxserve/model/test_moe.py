@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from jaxserve.distributed import LOGICAL_TO_MESH, make_mesh
 from jaxserve.model import moe
 from jaxserve.model.config import MLPSpec, MoESpec, RouterSpec
 from jaxserve.model.params import Params, partition_specs
+from pallas_kernels.dispatch import Kernels
 from tests.helpers.routing import route, sigmoid
 
 HIDDEN = 18
@@ -142,3 +144,17 @@ def test_the_last_bias_is_added_once(name: str, devices: int) -> None:
     params = {path: jnp.zeros_like(a) if "down" in path else a for path, a in params.items()}
     params["experts_down_bias"] = jnp.full_like(params["experts_down_bias"], 3.0)
     np.testing.assert_allclose(run(SPECS[name], params, x, devices), 3.0, rtol=1e-6)
+
+
+def test_the_router_is_the_one_that_is_asked_for() -> None:
+    params, x = make(GPT_OSS)
+    all_on_the_first = jnp.zeros((TOKENS, 3), jnp.int32), jnp.ones((TOKENS, 3)) / 3
+
+    def router(x: jax.Array, w: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+        assert options["top_k"] == 3 and options["bias"] is params["router_bias"]
+        return all_on_the_first
+
+    got = moe.apply(GPT_OSS, params, x, Kernels(route_experts=router)).sum(0)
+    others = {path: a.at[1:].add(1) for path, a in params.items() if "experts" in path}
+    same = moe.apply(GPT_OSS, params | others, x, Kernels(route_experts=router)).sum(0)
+    np.testing.assert_array_equal(got, same)
