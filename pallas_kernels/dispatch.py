@@ -23,6 +23,7 @@ class Kernels:
     latent_attention: Implementation | None = None
     paged_attention: Implementation | None = None
     rope_kv_write: Implementation | None = None
+    route_experts: Implementation | None = None
 
 
 CHOOSE = Kernels()

@@ -17,6 +17,7 @@ from jaxserve.model.params import Param, Params, prefixed, under
 from jaxserve.quant import linear
 from pallas_kernels.dispatch import CHOOSE, Kernels
 from pallas_kernels.expert_ffn import expert_ffn
+from pallas_kernels.route_experts import route_experts
 
 
 def declare(spec: MoESpec, hidden_size: int) -> dict[str, Param]:
@@ -53,12 +54,7 @@ def apply(
     ``is_token`` bool [T] is False for padding, which chooses no experts: theirs would have to be
     read besides those of the tokens.
     """
-    logits = linear(x, params["router"], jnp.float32, kernels.fused_linear)
-    if spec.router.bias:
-        logits = logits + params["router_bias"]
-    experts, weights = choose(spec.router, logits, params.get("router_correction"))
-    if is_token is not None:
-        experts = jnp.where(is_token[:, None], experts, -1)
+    experts, weights = _route(spec.router, params, x, kernels, is_token)
     here = params["experts_up"].shape[0]
     down_bias = params.get("experts_down_bias")
     if here < spec.num_experts:  # those of other devices lie outside of [0, here)
@@ -86,34 +82,26 @@ def apply(
     return reduce_terms(terms, None)
 
 
-def choose(
-    spec: RouterSpec, logits: jax.Array, correction: jax.Array | None = None
+def _route(
+    spec: RouterSpec,
+    params: Params,
+    x: jax.Array,
+    kernels: Kernels,
+    is_token: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Which experts each token goes through, and their weights.
-
-    Args:
-        spec: the rules.
-        logits: float32 [T, experts].
-        correction: float32 [experts], added for the choice only.
-
-    Returns:
-        int32 [T, top_k] and float32 [T, top_k].
-    """
-    scores = jax.nn.softmax(logits) if spec.scores == "softmax" else jax.nn.sigmoid(logits)
-    wanted = scores if correction is None else scores + correction
-    if spec.groups > 1:
-        wanted = _of_best_groups(spec, wanted)
-    _, experts = jax.lax.top_k(wanted, spec.top_k)
-    weights = jnp.take_along_axis(scores, experts, 1)
-    if spec.normalize:
-        weights = weights / (weights.sum(1, keepdims=True) + 1e-20)
-    return experts, weights * spec.scale
-
-
-def _of_best_groups(spec: RouterSpec, scores: jax.Array) -> jax.Array:
-    """Scores [T, experts] with those outside of the best groups at minus infinity."""
-    grouped = scores.reshape(scores.shape[0], spec.groups, -1)
-    best, _ = jax.lax.top_k(grouped, 1 if spec.group_score == "max" else 2)
-    _, chosen = jax.lax.top_k(best.sum(-1), spec.top_groups)
-    kept = jax.nn.one_hot(chosen, spec.groups, dtype=bool).any(1)
-    return jnp.where(kept[:, :, None], grouped, -jnp.inf).reshape(scores.shape)
+    """Which experts each token goes through, int32 [T, top_k], and their weights, float32."""
+    return route_experts(
+        x,
+        params["router"],
+        top_k=spec.top_k,
+        scores=spec.scores,
+        normalize=spec.normalize,
+        scale=spec.scale,
+        groups=spec.groups,
+        top_groups=spec.top_groups,
+        group_score=spec.group_score,
+        bias=params.get("router_bias"),
+        correction=params.get("router_correction"),
+        is_token=is_token,
+        implementation=kernels.route_experts,
+    )

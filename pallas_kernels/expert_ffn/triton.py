@@ -29,6 +29,7 @@ from pallas_kernels.arithmetic import power_of_two
 from pallas_kernels.expert_ffn.activations import GATED
 from pallas_kernels.expert_ffn.triton_routing import find, route
 from pallas_kernels.lowering import can_lower_triton
+from pallas_kernels.triton_product import tile_products
 
 MIN_ROWS = 16
 """Rows of the matrix unit's smallest tile."""
@@ -150,7 +151,9 @@ def _up_kernel(
         pair, exists = work.pairs(i)
         token = lax.div(pair, top_k)
         steps = -(-product.inputs // config.inputs)
-        sums = _sums(x_ref, token, exists, w_ref, work.group, output, 0, steps, config.inputs)
+        sums = tile_products(
+            x_ref, token, exists, w_ref, work.group, output, 0, steps, config.inputs
+        )
         if bias_ref is not None:
             sums = [
                 total + _bias(bias_ref, (work.group, part), output)
@@ -179,7 +182,9 @@ def _down_kernel(
     def tile(i):
         pair, exists = work.pairs(i)
         start = split * share
-        (y,) = _sums(h_ref, pair, exists, w_ref, expert, output, start, steps, config.inputs)
+        (y,) = tile_products(
+            h_ref, pair, exists, w_ref, expert, output, start, steps, config.inputs
+        )
         if bias_ref is not None:
             y = y + jnp.where(split == 0, _bias(bias_ref, (expert,), output), 0.0)
         weight = plt.load(weights_ref.at[pair], mask=exists & here, other=0)
@@ -197,50 +202,6 @@ def _place(slots: int, product: _Product) -> tuple[Any, Any]:
     together = jnp.minimum(slots - first, SLOTS_TOGETHER)
     within = lax.rem(program, turn)
     return first + lax.rem(within, together), lax.div(within, together)
-
-
-def _sums(
-    x_ref: Any,
-    row: jax.Array,
-    exists: jax.Array,
-    w_ref: Any,
-    expert: Any,
-    output: jax.Array,
-    start: Any,
-    steps: Any,
-    inputs: int,
-) -> list[jax.Array]:
-    """For each part of w [E, parts, N, K], the sums float32 [outputs, rows] over ``steps`` times
-    ``inputs`` columns from ``start`` on of w[expert, part, output] times x[row]."""
-    _, parts, outputs, size = w_ref.shape
-    rows, block = row.shape[0], output.shape[0]
-    precision = lax.Precision.HIGHEST if x_ref.dtype == jnp.float32 else None
-    even, all_outputs = size % inputs == 0, outputs % block == 0
-
-    def spread(index: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(index[:, None], (index.shape[0], inputs))
-
-    def step(i, sums):
-        column = start + i * inputs + jnp.arange(inputs)
-
-        def columns(count):
-            return jnp.broadcast_to(column[None, :], (count, inputs))
-
-        inside = True if even else columns(rows) < size
-        x = plt.load(x_ref.at[spread(row), columns(rows)], mask=spread(exists) & inside, other=0)
-        mask, other = None, None
-        if not (even and all_outputs):
-            mask, other = (spread(output) < outputs) & (columns(block) < size), 0
-        totals = []
-        for part, total in enumerate(sums):
-            fixed = (jnp.full((block, inputs), which) for which in (expert, part))
-            index = (*fixed, spread(output), columns(block))
-            w = plt.load(w_ref.at[index], mask=mask, other=other)
-            totals.append(total + plt.dot(w, x.T, precision=precision))
-        return totals
-
-    zeros = [jnp.zeros((block, rows), jnp.float32) for _ in range(parts)]
-    return lax.fori_loop(0, steps, step, zeros)
 
 
 def _bias(bias_ref: Any, place: tuple[Any, ...], output: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ OPS = (
     "latent_attention",
     "paged_attention",
     "rope_kv_write",
+    "route_experts",
     "truncation_threshold",
 )
 CHOICE = "implementation"

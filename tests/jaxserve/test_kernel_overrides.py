@@ -13,6 +13,7 @@ from jaxserve.errors import ConfigError
 from jaxserve.kernels import overridden
 from pallas_kernels.dispatch import CHOOSE, Kernels
 from pallas_kernels.latent_attention.reference import latent_attention
+from pallas_kernels.route_experts.reference import route_experts
 from tests.converters.families.test_deepseek_v2 import SMALL as DEEPSEEK_V2
 from tests.helpers import toy_kernels
 from tests.helpers.engines import ROWS, STEP_TOKENS, greedy_params, small_llm, tokens_of
@@ -67,6 +68,15 @@ def test_a_kernel_for_latent_attention_is_tested_on_the_latent_layers() -> None:
     ):
         with pytest.raises(ConfigError, match=message):
             overridden({op: function}, model, 16, jnp.dtype(dtype))
+
+
+def test_a_router_is_tested_on_the_layers_with_experts() -> None:
+    override = {"route_experts": "pallas_kernels.route_experts.reference:route_experts"}
+    experts, dense = deepseek_v2.config(DEEPSEEK_V2), open_checkpoint(demo.target_path()).config
+    kernels = overridden(override, experts, 16, jnp.dtype("float32"))
+    assert kernels == Kernels(route_experts=route_experts)
+    with pytest.raises(ConfigError, match="no layer of the model has route_experts"):
+        overridden(override, dense, 16, jnp.dtype("float32"))
 
 
 def test_an_unknown_module_is_refused() -> None:

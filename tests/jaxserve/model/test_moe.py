@@ -1,9 +1,10 @@
-"""A mixture of experts: who is chosen, what comes out, and that devices share the work."""
+"""A mixture of experts: what comes out, and that devices share the work."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,76 +16,24 @@ from jaxserve.distributed import LOGICAL_TO_MESH, make_mesh
 from jaxserve.model import moe
 from jaxserve.model.config import MLPSpec, MoESpec, RouterSpec
 from jaxserve.model.params import Params, partition_specs
+from pallas_kernels.dispatch import Kernels
+from tests.helpers.routing import route, sigmoid
 
 HIDDEN = 18
 TOKENS = 11
-ROUTERS = {
-    "softmax": RouterSpec(3),
-    "softmax, normalized": RouterSpec(2, normalize=True),
-    "one of them": RouterSpec(1, normalize=True),
-    "all of them": RouterSpec(12),
-    "softmax, scaled, groups by their best": RouterSpec(
-        4, scale=16.0, groups=4, top_groups=2, group_score="max"
-    ),
-    "sigmoid": RouterSpec(3, "sigmoid", scale=2.5),
-    "sigmoid, normalized, corrected": RouterSpec(3, "sigmoid", normalize=True, correction=True),
-    "sigmoid, corrected, groups by their best two": RouterSpec(
-        4, "sigmoid", True, 2.5, correction=True, groups=3, top_groups=2, group_score="top2"
-    ),
-}
 MIXTRAL = MoESpec(8, 12, RouterSpec(2, normalize=True))
 QWEN = dataclasses.replace(MIXTRAL, shared=MLPSpec(20, "silu"), shared_gate=True)
 GPT_OSS = MoESpec(8, 12, RouterSpec(3, normalize=True, bias=True), "clamped_silu", bias=True)
+GROUPS = {"groups": 4, "top_groups": 2, "group_score": "top2"}
+DEEPSEEK = MoESpec(8, 12, RouterSpec(3, "sigmoid", True, 2.5, correction=True, **GROUPS))
 FIVE_EXPERTS = dataclasses.replace(GPT_OSS, num_experts=5, shared=MLPSpec(8, "silu"))
-SPECS = {"mixtral": MIXTRAL, "qwen": QWEN, "gpt-oss": GPT_OSS, "five experts": FIVE_EXPERTS}
-
-
-def softmax(x: np.ndarray) -> np.ndarray:
-    e = np.exp(x - x.max(-1, keepdims=True))
-    return e / e.sum(-1, keepdims=True)
-
-
-def sigmoid(x: np.ndarray) -> np.ndarray:
-    return 1 / (1 + np.exp(-x))
-
-
-def dense_weights(
-    spec: RouterSpec, logits: np.ndarray, correction: np.ndarray | None
-) -> np.ndarray:
-    """The weight of every expert for every token, zero for those not chosen; one token after the
-    other."""
-    scores = softmax(logits) if spec.scores == "softmax" else sigmoid(logits)
-    weights = np.zeros_like(scores)
-    for row, own in zip(weights, scores):
-        wanted = own if correction is None else own + correction
-        groups = np.split(np.arange(len(own)), spec.groups)
-        members = 1 if spec.group_score == "max" else 2
-        groups.sort(key=lambda group: -np.sort(wanted[group])[-members:].sum())
-        allowed = np.concatenate(groups[: spec.top_groups])
-        chosen = allowed[np.argsort(-wanted[allowed])[: spec.top_k]]
-        row[chosen] = own[chosen] / (own[chosen].sum() if spec.normalize else 1) * spec.scale
-    return weights
-
-
-@pytest.mark.parametrize("name", ROUTERS)
-@pytest.mark.parametrize("seed", range(5))
-def test_the_choice(name: str, seed: int) -> None:
-    spec, rng = ROUTERS[name], np.random.default_rng(seed)
-    logits = rng.normal(0, 2, (40, 12)).astype(np.float32)
-    correction = rng.normal(0, 0.5, 12).astype(np.float32) if spec.correction else None
-    experts, weights = moe.choose(spec, jnp.asarray(logits), correction)
-    assert experts.shape == weights.shape == (40, spec.top_k)
-    got = np.zeros((40, 12))
-    np.put_along_axis(got, np.asarray(experts), np.asarray(weights), 1)
-    want = dense_weights(spec, logits.astype(np.float64), correction)
-    np.testing.assert_allclose(got, want, rtol=2e-5, atol=1e-7)
-
-
-def test_normalized_softmax_is_the_softmax_over_the_chosen() -> None:
-    logits = np.random.default_rng(0).normal(0, 20, (30, 9)).astype(np.float32)
-    experts, weights = moe.choose(RouterSpec(4, normalize=True), jnp.asarray(logits))
-    own = np.take_along_axis(logits.astype(np.float64), np.asarray(experts), 1)
-    np.testing.assert_allclose(weights, softmax(own), rtol=1e-4, atol=1e-9)
+SPECS = {
+    "mixtral": MIXTRAL,
+    "qwen": QWEN,
+    "gpt-oss": GPT_OSS,
+    "deepseek": DEEPSEEK,
+    "five experts": FIVE_EXPERTS,
+}
 
 
 def make(spec: MoESpec, seed: int = 0) -> tuple[Params, jax.Array]:
@@ -108,9 +57,10 @@ def dense(spec: MoESpec, params: Params, x: jax.Array) -> np.ndarray:
         gate, up = np.minimum(gate, 7), np.clip(up, -7, 7)
         return (up + 1) * gate * sigmoid(1.702 * gate)
 
-    weights = dense_weights(
-        spec.router, tokens @ w["router"].T + w.get("router_bias", 0), w.get("router_correction")
-    )
+    logits = tokens @ w["router"].T + w.get("router_bias", 0)
+    experts, own = route(spec.router, logits, w.get("router_correction"))
+    weights = np.zeros_like(logits)
+    np.put_along_axis(weights, experts, own, 1)
     total = np.zeros_like(tokens)
     for expert in range(spec.num_experts):
         gate, up = np.einsum("pfh,th->ptf", w["experts_up"][expert], tokens)
@@ -194,3 +144,17 @@ def test_the_last_bias_is_added_once(name: str, devices: int) -> None:
     params = {path: jnp.zeros_like(a) if "down" in path else a for path, a in params.items()}
     params["experts_down_bias"] = jnp.full_like(params["experts_down_bias"], 3.0)
     np.testing.assert_allclose(run(SPECS[name], params, x, devices), 3.0, rtol=1e-6)
+
+
+def test_the_router_is_the_one_that_is_asked_for() -> None:
+    params, x = make(GPT_OSS)
+    all_on_the_first = jnp.zeros((TOKENS, 3), jnp.int32), jnp.ones((TOKENS, 3)) / 3
+
+    def router(x: jax.Array, w: jax.Array, **options: Any) -> tuple[jax.Array, jax.Array]:
+        assert options["top_k"] == 3 and options["bias"] is params["router_bias"]
+        return all_on_the_first
+
+    got = moe.apply(GPT_OSS, params, x, Kernels(route_experts=router)).sum(0)
+    others = {path: a.at[1:].add(1) for path, a in params.items() if "experts" in path}
+    same = moe.apply(GPT_OSS, params | others, x, Kernels(route_experts=router)).sum(0)
+    np.testing.assert_array_equal(got, same)
