@@ -124,14 +124,17 @@ def _kernel(
 
     @pl.when(before == pl.num_programs(1) * pl.num_programs(2) - 1)
     def _():
-        # All loads come first, so that they are in flight together.
-        width, is_token = max(BLOCK_ROWS, power_of_two(count)), row < rows
+        # All loads come first, so that they are in flight together. A warp has few rows to choose
+        # for, and none that don't exist: its rounds are what takes longest here.
+        own = block * BLOCK_ROWS + jnp.arange(min(BLOCK_ROWS, power_of_two(rows)))
+        width, is_token = max(BLOCK_ROWS, power_of_two(count)), own < rows
         if is_token_ref is not None:
-            is_token = plt.load(is_token_ref.at[row], mask=is_token, other=False)
+            is_token = plt.load(is_token_ref.at[own], mask=is_token, other=False)
         bias, correction = (_load_row(ref, width) for ref in (bias_ref, correction_ref))
-        logits = _load_sums(parts_ref, row, width) + bias
+        logits = _load_sums(parts_ref, own, width)
+        logits = logits if bias is None else logits + bias
         experts, weights = _choose(choice, logits, correction, count)
-        place, exists = _places(row, experts.shape[1], experts_ref.shape)
+        place, exists = _places(own, experts.shape[1], experts_ref.shape)
         plt.store(experts_ref.at[place], jnp.where(is_token[:, None], experts, -1), mask=exists)
         plt.store(weights_ref.at[place], weights, mask=exists)
         arrivals_ref[block] = 0
@@ -174,17 +177,17 @@ def _load_sums(parts_ref: Any, row: jax.Array, width: int) -> jax.Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _load_row(ref: Any, width: int) -> jax.Array:
-    """An array [E] as float32 [1, width], with zeros behind it; zeros where there is no array."""
+def _load_row(ref: Any, width: int) -> jax.Array | None:
+    """An array [E] as float32 [1, width], with zeros behind it; None where there is no array."""
     if ref is None:
-        return jnp.zeros((1, width), jnp.float32)
+        return None
     column = jnp.arange(width)
     values = plt.load(ref.at[column], mask=column < ref.shape[0], other=0)
     return values.astype(jnp.float32)[None, :]
 
 
 def _choose(
-    choice: _Choice, logits: jax.Array, correction: jax.Array, count: int
+    choice: _Choice, logits: jax.Array, correction: jax.Array | None, count: int
 ) -> tuple[jax.Array, jax.Array]:
     """The experts and weights [rows, columns] of logits [rows, width], of which the first ``count``
     columns are experts'; of what comes out, the first top_k columns are wanted.
@@ -195,14 +198,17 @@ def _choose(
     rows, width = logits.shape
     expert = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
     scores = SCORES[choice.scores](jnp.where(expert < count, logits, -jnp.inf))
+    wanted = scores if correction is None else scores + correction
     columns = power_of_two(choice.top_k)
     column = jnp.broadcast_to(jnp.arange(columns)[None, :], (rows, columns))
 
     def choose_one(i, carry):
         left, experts, weights = carry
-        best = jnp.argmax(left, axis=1)[:, None]
+        weight = jnp.max(left, axis=1)[:, None]
+        best = jnp.min(jnp.where(left == weight, expert, width), axis=1)[:, None]
         is_best = expert == best
-        weight = jnp.sum(jnp.where(is_best, scores, 0.0), axis=1)[:, None]
+        if correction is not None:
+            weight = jnp.sum(jnp.where(is_best, scores, 0.0), axis=1)[:, None]
         return (
             jnp.where(is_best, -jnp.inf, left),
             jnp.where(column == i, best, experts),
@@ -210,7 +216,7 @@ def _choose(
         )
 
     carry = (
-        jnp.where(expert < count, scores + correction, -jnp.inf),
+        jnp.where(expert < count, wanted, -jnp.inf),
         jnp.full((rows, columns), -1, jnp.int32),
         jnp.zeros((rows, columns), jnp.float32),
     )
@@ -226,7 +232,7 @@ def _choose(
 def candidates(x: jax.Array, w: jax.Array, **options: Any) -> Iterable[Config]:
     """Configurations worth timing for these arguments."""
     count, size = w.shape
-    choices = itertools.product((16, 32), (128, 256, 512), (1, 2, 4, 8, 16), (2, 4, 8), (2, 3, 4))
+    choices = itertools.product((16, 32), (128, 256, 512), (1, 2, 4, 8, 16), (4, 8), (2, 4))
     for experts, inputs, splits, warps, stages in choices:
         programs, steps = pl.cdiv(count, experts) * splits, size // (inputs * splits)
         loads = (experts + BLOCK_ROWS) * inputs * x.dtype.itemsize * stages
@@ -255,4 +261,4 @@ def _default(x: jax.Array, w: jax.Array) -> Config:
     while splits < MAX_SPLITS and weight >= (2 * splits) ** 2 * part and size >= 2 * splits * 128:
         splits *= 2
     inputs = next((width for width in widths if size % (width * splits) == 0), widths[-1])
-    return Config(BLOCK_ROWS, inputs, splits, 4, 4)
+    return Config(BLOCK_ROWS, inputs, splits, 8, 4)
