@@ -113,13 +113,15 @@ def random_params(
 ) -> Params:
     """Random weights made on the devices, each shard where it belongs."""
 
-    def make(key: jax.Array, param: Param) -> jax.Array:
+    def make(index: int, param: Param) -> jax.Array:
         own = param.dtype_in(dtype)
         if param.init == "normal":
+            key = jax.random.fold_in(jax.random.key(seed), index)
             return (jax.random.normal(key, param.shape, jnp.bfloat16) * 0.02).astype(own)
         return jnp.full(param.shape, 1 if param.init == "ones" else 0, own)
 
-    # One small program per distinct weight shape, instead of one huge one for the model.
+    # One small program per distinct weight shape, instead of one huge one for the model; and one
+    # call per weight, since calls wait for the thread that traces the model's programs.
     programs: dict[tuple, jax.stages.Wrapped] = {}
     params: Params = {}
     for index, (path, param) in enumerate(tree.items()):
@@ -127,7 +129,7 @@ def random_params(
         kind = (param, sharding)
         if kind not in programs:
             programs[kind] = jax.jit(make, static_argnums=1, out_shardings=sharding)
-        params[path] = programs[kind](jax.random.fold_in(jax.random.key(seed), index), param)
+        params[path] = programs[kind](index, param)
     return params
 
 
