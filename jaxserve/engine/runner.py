@@ -140,20 +140,21 @@ class Runner:
         ]
         key = ("forward", bucket) if plan is None else ("forward_with_hidden",)
         forward = self.programs.get(key)
-        sample = None
-        if variant in SAMPLERS and decision.samples.any():
-            sample = self.programs.get(("sample", bucket.lanes, variant))
+        if not decision.samples.any():
+            variant = "greedy"
+        choose = self.programs.get(step.chooser(bucket.lanes, variant))
         self._stats.steps += 1
         self._stats.scheduled_tokens += num_tokens
         self._stats.padded_tokens += bucket.tokens
-        sampled, hidden = self._launch(forward, sample, packed, early, counted, edited)
+        sampled, hidden = self._launch(forward, choose, variant, packed, early, counted, edited)
         reads = self._read_prompts(plan, hidden[0]) if plan is not None else None
         return StepHandle(decision, sampled, reads)
 
     def _launch(
         self,
         forward: jax.stages.Compiled,
-        sample: jax.stages.Compiled | None,
+        choose: jax.stages.Compiled,
+        variant: Variant,
         packed: np.ndarray,
         early_updates: Sequence[np.ndarray],
         counted: Sequence[np.ndarray],
@@ -162,8 +163,9 @@ class Runner:
         """Starts a step's programs; returns what was sampled, and the hidden states, if ``forward``
         gives them.
 
-        Nothing of a step is kept but what was sampled, so that the next step's buffers get the
-        same addresses: a CUDA graph whose addresses change must be patched node by node.
+        Nothing of a step is kept but what ``choose`` gives, so that the buffers of the next step's
+        ``forward`` get the same addresses: a CUDA graph whose addresses change must be patched node
+        by node.
         """
         state = self._state
         if state is None:
@@ -178,10 +180,12 @@ class Runner:
             table_of_edits = self.programs.get(("write_edits",))(sampler.edits, words)
             sampler = replace(sampler, edits=table_of_edits)
         state = StepState(state.cache, table, sampler)
-        state, sampled, logits, words, *hidden = forward(self._params, state, packed)
-        if sample is not None:
-            sampler, sampled = sample(logits, state.sampler, words)
+        state, tokens, logits, words, *hidden = forward(self._params, state, packed)
+        if variant in SAMPLERS:
+            sampler, sampled = choose(logits, state.sampler, words)
             state = replace(state, sampler=sampler)
+        else:
+            sampled = Sampled(choose(tokens))
         self._state = state
         jax.tree.map(lambda array: array.copy_to_host_async(), sampled)
         return sampled, hidden
@@ -237,8 +241,7 @@ class Runner:
         for bucket in fitting:
             if self.programs.ready(("forward", bucket)):
                 for better in able:
-                    key = ("sample", bucket.lanes, better)
-                    if better not in SAMPLERS or self.programs.ready(key):
+                    if self.programs.ready(step.chooser(bucket.lanes, better)):
                         return bucket, better
         return fitting[0], variant
 

@@ -1,7 +1,9 @@
 """The programs of a step, and the state that passes from step to step on the devices.
 
 ``forward`` makes a step, to the likeliest tokens; where somebody wants others, ``sample`` chooses
-anew from its logits, with the sampler's part of the packed inputs, which it hands on.
+anew from its logits, with the sampler's part of the packed inputs, which it hands on. What a step
+chose is kept until the host reads it, but no output of ``forward`` may be (see ``Runner``), so
+``copy_tokens`` copies its tokens.
 """
 
 from __future__ import annotations
@@ -22,7 +24,14 @@ from jaxserve.model import decoder, kv_cache
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.kv_cache import KVCache
 from jaxserve.sampling import edits
-from jaxserve.sampling.sample import SAMPLERS, SamplerState, Variant, count_tokens, sample
+from jaxserve.sampling.sample import (
+    SAMPLERS,
+    VARIANTS,
+    SamplerState,
+    Variant,
+    count_tokens,
+    sample,
+)
 from pallas_kernels.dispatch import CHOOSE, Kernels
 
 COUNT_PIECE = 512
@@ -48,6 +57,11 @@ class StepState:
     cache: KVCache
     page_table: jax.Array
     sampler: SamplerState
+
+
+def chooser(lanes: int, variant: Variant) -> Hashable:
+    """The key of the program that gives what a step chose."""
+    return ("sample", lanes, variant) if variant in SAMPLERS else ("copy_tokens", lanes)
 
 
 class StepPrograms:
@@ -96,9 +110,11 @@ class StepPrograms:
         urgent = list(self.urgent_keys())
         for bucket in self._layouts:
             programs["forward", bucket] = functools.partial(self._lower_forward, bucket)
-            for variant in SAMPLERS:
-                key = ("sample", bucket.lanes, variant)
-                programs[key] = functools.partial(self._lower_sample, bucket, variant)
+            for variant in VARIANTS:
+                lower = functools.partial(self._lower_sample, bucket, variant)
+                if variant == "greedy":
+                    lower = functools.partial(self._lower_copy_tokens, bucket)
+                programs[chooser(bucket.lanes, variant)] = lower
         programs["count_tokens",] = self._lower_count_tokens
         programs["write_table",] = self._lower_write_table
         programs["write_edits",] = self._lower_write_edits
@@ -119,7 +135,8 @@ class StepPrograms:
         mixed = next(bucket for bucket in self._layouts if not bucket.decode_only)
         for bucket in (mixed, next(iter(self._layouts))):
             yield ("forward", bucket)
-            yield ("sample", bucket.lanes, "sample")
+            yield chooser(bucket.lanes, "greedy")
+            yield chooser(bucket.lanes, "sample")
 
     def _lower_forward(self, bucket: Bucket, hidden: bool = False) -> jax.stages.Lowered:
         layout, model, kernels = self._layouts[bucket], self._model, self._kernels
@@ -146,13 +163,17 @@ class StepPrograms:
             cache, logits, *states = run(params, state.cache, inputs)
             wanted = batch.unpack_sampling(layout, words)
             sampler, sampled = sample("greedy", logits, state.sampler, wanted)
-            return StepState(cache, table, sampler), sampled, logits, words, *states
+            return StepState(cache, table, sampler), sampled.tokens, logits, words, *states
 
         whole = NamedSharding(self._mesh, WHOLE)
         outputs = (_shardings(self.state), whole, self._logits(bucket).sharding, whole)
         shardings = (*outputs, *(whole for _ in more))
         jitted = jax.jit(forward, donate_argnums=1, out_shardings=shardings)
         return jitted.lower(self._params, self.state, self._int32(layout.size))
+
+    def _lower_copy_tokens(self, bucket: Bucket) -> jax.stages.Lowered:
+        jitted = jax.jit(jnp.copy, out_shardings=NamedSharding(self._mesh, WHOLE))
+        return jitted.lower(self._int32(bucket.lanes))
 
     def _lower_sample(self, bucket: Bucket, variant: Variant) -> jax.stages.Lowered:
         # All buckets with as many lanes share the program: the sampler's words are the same.

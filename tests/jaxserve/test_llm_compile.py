@@ -227,11 +227,11 @@ def test_programs_are_kept_for_the_next_engine_and_the_next_process(
         return json.loads(done.stdout.splitlines()[-1])
 
     directory = make_llama(tmp_path / "llama", num_hidden_layers=1)
-    num_programs = 2 + 3 + 3  # forward for two buckets of one lane; its samplers; the rest
+    num_programs = 2 + 3 + 3  # forward for two buckets of one lane; what chooses; the rest
     one, two = tmp_path / "one", tmp_path / "two"
     first = hits(one, two, two)
     assert first[:2] == [0, 0]
-    assert first[2] >= num_programs - 1  # JAX itself remembers the one that has no model in it
+    assert first[2] >= num_programs - 2  # JAX itself remembers those that have no model in them
     assert any(one.iterdir())
     assert any(two.iterdir())
     assert hits(one)[0] >= num_programs
