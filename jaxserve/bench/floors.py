@@ -56,8 +56,9 @@ class Costs:
     Attributes:
         vocab_size: ids that its embedding knows.
         weight_bytes: read by each step, whatever its tokens.
-        token_flops: of each computed token, without attention and the head.
-        head_flops: of each sampled token's logits.
+        token_flops: of each computed token, without attention.
+        sampled_flops: of each sampled token besides: its logits, and what stands behind the last
+            attention, which no other token needs.
         kv_bytes: read for each generated token and token of its context.
         attention_flops: of each token and token of its context.
         experts: of which a step reads those that its tokens chose.
@@ -66,7 +67,7 @@ class Costs:
     vocab_size: int
     weight_bytes: int
     token_flops: int
-    head_flops: int
+    sampled_flops: int
     kv_bytes: int
     attention_flops: int
     experts: tuple[Experts, ...] = ()
@@ -85,27 +86,31 @@ def costs(model: ModelConfig, dtype: str) -> Costs:
     tree = decoder.declare(model)
     size = jnp.dtype(dtype).itemsize
     head = "embed/tokens" if model.tie_word_embeddings else "head/tokens"
-    read = products = 0
+    last = f"layers/{len(model.layers) - 1}"
+    behind_last_attention = f"{last}/attention/out", f"{last}/ffn/"
+    read = 0
+    products = {"computed": 0, "sampled": tree[head].size}  # multiplications, by who needs them
     of_expert: Counter[tuple[int, int]] = Counter()  # by (count, top_k), in all their layers
     for path, param in tree.items():
         if path in NOT_MULTIPLIED and path != head:
             continue
         multiplied = len(param.shape) > 1 and not path.endswith("bias") and path != head
+        who = "sampled" if path.startswith(behind_last_attention) else "computed"
         if param.axes[0] == "experts":
             spec = model.layers[int(path.split("/")[1])].ffn
             assert isinstance(spec, MoESpec)
             each = param.size // spec.num_experts
             of_expert[spec.num_experts, spec.router.top_k] += each
-            products += multiplied * spec.router.top_k * each
+            products[who] += multiplied * spec.router.top_k * each
         else:
             read += param.size
-            products += multiplied * param.size
+            products[who] += multiplied * param.size
     heads = sum(layer.attention.num_heads * layer.attention.head_size for layer in model.layers)
     return Costs(
         vocab_size=model.vocab_size,
         weight_bytes=read * size,
-        token_flops=2 * products,
-        head_flops=2 * tree[head].size,
+        token_flops=2 * products["computed"],
+        sampled_flops=2 * products["sampled"],
         kv_bytes=kv_cache.bytes_per_page(model, 1, jnp.dtype(dtype)),
         attention_flops=4 * heads,  # a product with the keys, one with the values
         experts=tuple(Experts(*kind, each * size) for kind, each in of_expert.items()),
@@ -117,7 +122,7 @@ def floor_seconds(
 ) -> float:
     """Least seconds of requests of (input, output) lengths, of which ``rows`` run at once."""
     prompts = sum(i for i, _ in lengths)
-    flops = prompts * cost.token_flops + len(lengths) * cost.head_flops
+    flops = prompts * cost.token_flops + len(lengths) * cost.sampled_flops
     flops += cost.attention_flops * sum(i * (i + 1) // 2 for i, _ in lengths)
     reading = max(flops / hardware.flops, cost.step_bytes(prompts) / hardware.bandwidth)
 
@@ -131,5 +136,5 @@ def floor_seconds(
     per_row = (cost.step_bytes(rows) - single) / max(1, rows - 1)
     context = sum(o * i + o * (o + 1) // 2 for i, o in decoded)
     bytes_read = steps * single + (tokens - steps) * per_row + context * cost.kv_bytes
-    flops = tokens * (cost.token_flops + cost.head_flops) + context * cost.attention_flops
+    flops = tokens * (cost.token_flops + cost.sampled_flops) + context * cost.attention_flops
     return reading + max(flops / hardware.flops, bytes_read / hardware.bandwidth)

@@ -25,7 +25,7 @@ COST = Costs(
     vocab_size=100,
     weight_bytes=1000,
     token_flops=20,
-    head_flops=4,
+    sampled_flops=4,
     kv_bytes=3,
     attention_flops=2,
 )
@@ -48,8 +48,9 @@ def test_costs_of_the_8b_shape(tmp_path: Path) -> None:
     head = 128256 * 4096
     layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
     norms = (2 * 32 + 1) * 4096
-    assert cost.token_flops == 2 * 32 * layer
-    assert cost.head_flops == 2 * head
+    behind = 4096 * 4096 + 3 * 4096 * 14336  # of the last layer, only sampled tokens need these
+    assert cost.token_flops == 2 * (32 * layer - behind)
+    assert cost.sampled_flops == 2 * (behind + head)
     assert cost.weight_bytes == 2 * (32 * layer + head + norms)
     assert cost.kv_bytes == 32 * 2 * 8 * 128 * 2
     assert cost.attention_flops == 32 * 4 * 4096
@@ -60,7 +61,7 @@ def test_a_tied_embedding_is_read_as_the_head(tmp_path: Path) -> None:
     head = 128256 * 2048
     layer = 2048 * (2048 + 2 * 512) + 2048 * 2048 + 3 * 2048 * 8192
     assert cost.weight_bytes == 2 * (16 * layer + head + (2 * 16 + 1) * 2048)
-    assert (cost.head_flops, cost.token_flops) == (2 * head, 2 * 16 * layer)
+    assert cost.sampled_flops + cost.token_flops == 2 * (head + 16 * layer)
 
 
 def test_decoding_reads_all_weights_each_step_and_the_context() -> None:
@@ -108,7 +109,12 @@ def test_costs_of_experts() -> None:
     cost = costs(ModelConfig("Test", 100, 16, 64, layers, norm, False, 16), "bfloat16")
     qkv_out, one, router = 16 * 8 * (4 + 2 * 2) + 4 * 8 * 16, 3 * 12 * 16, 8 * 16
     assert cost.experts == (Experts(8, 2, 2 * 2 * (one + 2 * 12 + 16)),)
-    assert cost.token_flops == 2 * (3 * (qkv_out + 3 * 24 * 16) + 2 * (2 * one + router))
+    products = 3 * (qkv_out + 3 * 24 * 16) + 2 * (2 * one + router)
+    behind = 4 * 8 * 16 + 3 * 24 * 16 + 2 * one + router
+    assert (cost.token_flops, cost.sampled_flops) == (
+        2 * (products - behind),
+        2 * (behind + 100 * 16),
+    )
     others = 3 * (qkv_out + 8 * 8 + 3 * 24 * 16 + 2 * 16) + 2 * (router + 8) + 16 + 100 * 16
     assert cost.weight_bytes == 2 * others
 
