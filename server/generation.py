@@ -58,9 +58,9 @@ class Run:
             raise ApiError(400, message, param="n")
         async with AsyncExitStack() as stack:
             for number in range(count):
-                prompt = self.prompts[number // self.options.best_of]
-                await self._submit(stack, number, prompt)
-                await asyncio.sleep(0)  # handing over a long prompt takes a moment
+                if number:
+                    await asyncio.sleep(0)  # handing over a long prompt takes a moment
+                await self._submit(stack, number, self.prompts[number // self.options.best_of])
             self._stack = stack.pop_all()
         self._service.under_way += 1
         self._metrics.n.observe(self.options.n)

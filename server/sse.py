@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
+import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,7 +28,7 @@ DONE = b"data: [DONE]\n\n"
 PING = b": keep-alive\n\n"
 
 
-_MARK = uuid.uuid4().hex
+_MARK = secrets.token_hex(16)
 """A text that stands nowhere else in a chunk."""
 
 
