@@ -54,6 +54,7 @@ class Tokenizer:
         elif not self.hf.chat_template and certain is not None:
             logger.info("%s has no chat template: the built-in %r is used.", path, certain)
             self.hf.chat_template = chat_templates.built_in(certain)
+        self._fast = _fast(self.hf)
         own = getattr(self.hf, "conversation_ids", None)
         self._conversation_ids = own if chat_template is None and self.hf.chat_template else None
 
@@ -67,7 +68,11 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The token ids of a text."""
-        return self.hf.encode(text, add_special_tokens=add_special_tokens)
+        fast = self._fast
+        # Whoever was given ``hf`` may have told it to do more than that.
+        if fast is None or fast.truncation or fast.padding or fast.encode_special_tokens:
+            return self.hf.encode(text, add_special_tokens=add_special_tokens)
+        return fast.encode(text, add_special_tokens=add_special_tokens).ids
 
     def decode(self, token_ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of token ids."""
@@ -227,6 +232,21 @@ class FastTextStream(TextStream):
         from tokenizers.decoders import DecodeStream
 
         return DecodeStream(ids=list(context), skip_special_tokens=self._skip)
+
+
+def _fast(hf: Any) -> Any:
+    """The tokenizers library's object that encodes as ``hf`` does, in a third of the time and
+    without waking other threads; None if ``hf`` has ways of its own."""
+    from transformers import PreTrainedTokenizerFast
+
+    own = any(
+        getattr(type(hf), name, None) is not getattr(PreTrainedTokenizerFast, name)
+        for name in ("encode", "_encode_plus", "set_truncation_and_padding")
+    )
+    if own or hf.split_special_tokens:
+        return None
+    hf.encode("")  # leaves out what tokenizer.json says of truncation and padding
+    return hf.backend_tokenizer
 
 
 def _whole_characters(

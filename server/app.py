@@ -7,8 +7,8 @@ import contextlib
 import importlib
 import logging
 import re
+import secrets
 import time
-import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
@@ -152,7 +152,7 @@ async def _outermost(request: web.Request, handler: Handler) -> web.StreamRespon
     The log holds the route's pattern, not the path, and nothing of the query or of headers.
     """
     given = request.headers.get("X-Request-Id", "")
-    request_id = given if CHOSEN_ID.fullmatch(given) else uuid.uuid4().hex
+    request_id = given if CHOSEN_ID.fullmatch(given) else secrets.token_hex(16)
     request[REQUEST_ID] = request_id
     began, status = time.monotonic(), CLIENT_LEFT
     try:

@@ -10,8 +10,9 @@ from jaxserve.beam_search import BeamSearch, BeamSearchSequence
 from jaxserve.engine.request import TokenLogprobs
 from jaxserve.errors import RequestFailedError
 from jaxserve.outputs import Logprob
+from server.completion import Completion, check
 from server.engine_client import EngineStream, TokenEvent
-from server.generation import Completion, Run, check
+from server.generation import Run
 from server.protocol.sampling import Options
 from server.service import Prompt, Service
 
@@ -91,7 +92,7 @@ class BeamRun(Run):
         for completion in self.completions:
             event = events[completion.number // self.options.best_of]
             completion.num_cached_tokens = event.num_cached_tokens
-            self._measure(completion.whole())
+            self._measure(completion, 0)
 
     def _fill(self, completion: Completion, sequence: BeamSearchSequence) -> None:
         token_ids = sequence.tokens[len(completion.prompt.token_ids) :]
@@ -102,7 +103,7 @@ class BeamRun(Run):
         # In two steps: the last token is no end token that would have to be left out of the text.
         delta = completion.take(TokenEvent(token_ids, logprobs))
         completion.take(TokenEvent([], finish_reason=sequence.finish_reason))
-        self._measure(delta)
+        self._measure(completion, len(delta.token_ids))
 
 
 async def _only_event(stream: EngineStream) -> TokenEvent:

@@ -40,6 +40,9 @@ LAST_BYTES_S = 2.0
 LAST_REPLIES_S = 0.5
 """For connections that were accepted just before the end: their requests are still on the way, and
 get their refusal."""
+NEW_OBJECTS = 20_000
+"""So many more than at the last collection cause the next. A request that runs has hundreds: with
+Python's 700, those that begin together are walked through again and again."""
 EXIT_FAILED, EXIT_CANNOT_START = 1, 3
 POLL_S = 0.05
 
@@ -81,6 +84,7 @@ class FrontEnd:
             await runner.setup()
             assert runner.server is not None
             gc.freeze()  # else full collections walk through the tokenizer and all modules: 0.2 s
+            gc.set_threshold(NEW_OBJECTS, *gc.get_threshold()[1:])
             listening = await accept(runner.server, self.sock, tls)
             announcing = asyncio.create_task(self._announce(client, loading.result()))
             failed = await _first(

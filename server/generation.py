@@ -1,4 +1,4 @@
-"""From the engine's tokens to text: the completions of one request while they grow."""
+"""The completions of one request, from the engine's queue to their ends."""
 
 from __future__ import annotations
 
@@ -6,109 +6,17 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from jaxserve.engine.request import FinishReason
 from jaxserve.errors import RequestFailedError
-from jaxserve.outputs import Generation, Logprob, completion_params
+from jaxserve.outputs import Generation, completion_params
 from jaxserve.sampling.params import SamplingParams
-from server.engine_client import EngineStream, TokenEvent
-from server.errors import ApiError, unavailable
+from server.completion import Completion, Delta
+from server.engine_stream import EngineStream, TokenEvent
+from server.errors import ApiError
 from server.protocol.sampling import Options
 from server.service import Prompt, Service
-
-TokenLogprobs = dict[int, Logprob]
-
-
-def check(event: TokenEvent) -> TokenEvent:
-    """The event, unless it tells of a failure.
-
-    Raises:
-        RequestFailedError: the engine gave the request up.
-        ApiError: the engine aborted it, because the server shuts down.
-    """
-    if event.finish_reason == FinishReason.ERROR:
-        raise RequestFailedError(event.error or "The generation failed.")
-    if event.finish_reason == FinishReason.ABORT:
-        raise unavailable("The server ended this request before it was done.", "aborted")
-    return event
-
-
-@dataclass(slots=True)
-class Delta:
-    """What one event of the engine added to a completion; or all of it.
-
-    Attributes:
-        logprobs: of its tokens, if they were asked for.
-        finish_reason, stop_reason: why the completion ended, if this ended it.
-    """
-
-    completion: Completion
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
-    finish_reason: str | None
-    stop_reason: int | str | None
-
-
-class Completion:
-    """One completion of one prompt.
-
-    Attributes:
-        number: among those of the request, see ``Run``.
-        output: its text and tokens so far, see CompletionOutput.
-        num_cached_tokens: prompt tokens that the prefix cache spared.
-        prompt_logprobs: per prompt token, None for the first, if asked for.
-    """
-
-    def __init__(self, number: int, prompt: Prompt, generation: Generation) -> None:
-        self.number = number
-        self.prompt = prompt
-        self.output = generation.output
-        self.num_cached_tokens: int | None = None
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
-        self.first_event_at: float | None = None
-        self.last_event_at = 0.0
-        self._generation = generation
-
-    @property
-    def mean_logprob(self) -> float:
-        """Of its tokens; by it the best of several are chosen."""
-        return (self.output.cumulative_logprob or 0.0) / max(len(self.output.token_ids), 1)
-
-    def take(self, event: TokenEvent) -> Delta:
-        """Adds an event's tokens; a stop string may end the completion among them. Raises what
-        ``check`` raises."""
-        check(event)
-        if event.num_cached_tokens is not None:
-            self.num_cached_tokens = event.num_cached_tokens
-        if event.prompt_logprobs is not None:
-            self.prompt_logprobs = [None, *map(self._generation.shown, event.prompt_logprobs)]
-        output, append, text = self.output, self._generation.append, ""
-        start, last = len(output.token_ids), len(event.token_ids) - 1
-        for place, token_id in enumerate(event.token_ids):
-            logprobs = None if event.logprobs is None else event.logprobs[place]
-            stops = place == last and event.finish_reason == FinishReason.STOP
-            text += append(token_id, logprobs, stops)
-            if output.finish_reason is not None:
-                break  # a stop string: what follows is surplus
-        if event.finish_reason is not None and output.finish_reason is None:
-            reason = FinishReason(event.finish_reason)
-            text += self._generation.finish(reason, event.stop_reason)
-        return self._delta(text, start)
-
-    def whole(self) -> Delta:
-        """All that came so far."""
-        return self._delta(self.output.text, 0)
-
-    def _delta(self, text: str, start: int) -> Delta:
-        """The output from a place among its tokens on."""
-        output = self.output
-        logprobs = None if output.logprobs is None else output.logprobs[start:]
-        ids, reason, stop = output.token_ids[start:], output.finish_reason, output.stop_reason
-        return Delta(self, text, ids, logprobs, reason, stop)
 
 
 class Run:
@@ -136,6 +44,7 @@ class Run:
         self.options = options
         self.completions: list[Completion] = []
         self._service = service
+        self._metrics = service.metrics
         self._request_id = request_id
         self._arrived = time.monotonic()
         self._stack = AsyncExitStack()
@@ -149,12 +58,12 @@ class Run:
             raise ApiError(400, message, param="n")
         async with AsyncExitStack() as stack:
             for number in range(count):
-                prompt = self.prompts[number // self.options.best_of]
-                await self._submit(stack, number, prompt)
-                await asyncio.sleep(0)  # handing over a long prompt takes a moment
+                if number:
+                    await asyncio.sleep(0)  # handing over a long prompt takes a moment
+                await self._submit(stack, number, self.prompts[number // self.options.best_of])
             self._stack = stack.pop_all()
         self._service.under_way += 1
-        self._service.metrics.n.observe(self.options.n)
+        self._metrics.n.observe(self.options.n)
         return self
 
     async def __aexit__(
@@ -170,7 +79,7 @@ class Run:
         for completion in self.completions:
             if completion.output.finish_reason is None:
                 failed = isinstance(error, Exception)
-                self._service.metrics.request_finished("error" if failed else "abort")
+                self._metrics.request_finished("error" if failed else "abort")
 
     async def _submit(self, stack: AsyncExitStack, number: int, prompt: Prompt) -> None:
         params = completion_params(self.options.params, number % self.options.best_of)
@@ -189,19 +98,33 @@ class Run:
         tokenizer, eos = self._service.texts.tokenizer, self._service.info().eos_token_ids
         generation = Generation(params, prompt.token_ids, number, tokenizer, eos)
         self.completions.append(Completion(number, prompt, generation))
-        metrics = self._service.metrics
-        metrics.prompt_tokens.observe(len(prompt.token_ids))
+        self._metrics.prompt_tokens.observe(len(prompt.token_ids))
         if params.max_tokens is not None:
-            metrics.max_tokens.observe(params.max_tokens)
+            self._metrics.max_tokens.observe(params.max_tokens)
+
+    @property
+    def ended(self) -> bool:
+        """Whether all completions have ended."""
+        return all(one.output.finish_reason is not None for one in self.completions)
 
     def __aiter__(self) -> AsyncIterator[Delta]:
         pairs = list(zip(self.completions, self._streams))
         return self._follow(*pairs[0]) if len(pairs) == 1 else self._merge(pairs)
 
-    def divert(self, take: Callable[[Delta], None], is_free: Callable[[], bool]) -> None:
+    def divert(
+        self,
+        take: Callable[[Delta], None],
+        is_free: Callable[[], bool],
+        write: Callable[[str], None] | None = None,
+    ) -> None:
         """Has news taken where it comes in, as long as ``is_free()``: to wake a task for each token
         and go through its iterators takes as long as everything else. The iterator gives what is
-        left. Several completions are left to the iterator, which keeps their order."""
+        left. Several completions are left to the iterator, which keeps their order.
+
+        Args:
+            write: gets the text of news that tells of nothing else, which ``take`` gets otherwise.
+                Only for requests that asked for nothing but text.
+        """
         if len(self._streams) != 1:
             return
         completion, stream = self.completions[0], self._streams[0]
@@ -209,7 +132,17 @@ class Run:
         def pass_on(event: TokenEvent) -> bool:
             if not is_free():
                 return False
-            take(self._advance(completion, stream, event))
+            if write is None:
+                take(self._advance(completion, stream, event))
+                return True
+            start = len(completion.output.token_ids)
+            text = completion.add(event)
+            self._measure(completion, len(event.token_ids))
+            if completion.output.finish_reason is not None:
+                stream.abort()
+                take(completion.since(start, text))
+            elif text:
+                write(text)
             return True
 
         stream.divert(pass_on)
@@ -276,25 +209,28 @@ class Run:
 
     def _advance(self, completion: Completion, stream: EngineStream, event: TokenEvent) -> Delta:
         delta = completion.take(event)
-        self._measure(delta)
+        self._measure(completion, len(delta.token_ids))
         if delta.finish_reason is not None:
             stream.abort()  # after a stop string the engine doesn't know that it is over
         return delta
 
-    def _measure(self, delta: Delta) -> None:
-        metrics, completion, now = self._service.metrics, delta.completion, time.monotonic()
-        output = completion.output
+    def _measure(self, completion: Completion, count: int) -> None:
+        """Notes that so many tokens have come."""
+        now = time.monotonic()
         if completion.first_event_at is None:
-            metrics.ttft.observe(now - self._arrived)
+            self._metrics.ttft.observe(now - self._arrived)
             completion.first_event_at = now
-        elif delta.token_ids:
-            count = len(delta.token_ids)
-            metrics.itl.observe((now - completion.last_event_at) / count, count)
+        elif count:
+            self._metrics.itl.observe((now - completion.last_event_at) / count, count)
         completion.last_event_at = now
-        if output.finish_reason is not None:
-            tokens = len(output.token_ids)
-            metrics.request_finished(output.finish_reason)
-            metrics.e2e.observe(now - self._arrived)
-            metrics.generation_tokens.observe(tokens)
-            if tokens > 1:
-                metrics.tpot.observe((now - completion.first_event_at) / (tokens - 1))
+        if completion.output.finish_reason is not None:
+            self._measure_end(completion, completion.output.finish_reason, now - self._arrived)
+
+    def _measure_end(self, completion: Completion, reason: str, seconds: float) -> None:
+        metrics, tokens = self._metrics, len(completion.output.token_ids)
+        metrics.request_finished(reason)
+        metrics.e2e.observe(seconds)
+        metrics.generation_tokens.observe(tokens)
+        if tokens > 1 and completion.first_event_at is not None:
+            spent = completion.last_event_at - completion.first_event_at
+            metrics.tpot.observe(spent / (tokens - 1))

@@ -6,6 +6,7 @@ fetched from it for every scrape. With several front-ends, each shows its own re
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -72,17 +73,20 @@ class Metrics:
         )
         self.load = self._gauge("server_load", "Generating requests under way in this front-end.")
         self.streams = self._gauge("open_streams", "Replies being streamed.")
-        self._success = self._counter("request_success", "Ended generations.", "finished_reason")
-        self._http = self._counter("http_requests", "Replies.", "route", "method", "status")
+        # To look a series up by its labels takes longer than to count in it.
+        success = self._counter("request_success", "Ended generations.", "finished_reason")
+        self._success = functools.cache(lambda *labels: success.labels(*self._values, *labels))
+        http = self._counter("http_requests", "Replies.", "route", "method", "status")
+        self._http = functools.cache(lambda *labels: http.labels(*self._values, *labels))
 
     def request_finished(self, reason: str) -> None:
         """Counts a generation that ended; "abort" is one whose client left."""
-        self._success.labels(*self._values, reason).inc()
+        self._success(reason).inc()
 
     def replied(self, route: str, method: str, status: int) -> None:
         """Counts a reply. ``route`` is a pattern of the route table, so the series stay few."""
         known = method if method in ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS") else "other"
-        self._http.labels(*self._values, route, known, str(status)).inc()
+        self._http(route, known, str(status)).inc()
 
     def render(self, engine: Mapping[str, Any] | None) -> bytes:
         """The text that Prometheus reads.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import secrets
 import time
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,7 +23,7 @@ def json_response(payload: Any, status: int = 200) -> web.Response:
 
 def new_id(prefix: str) -> str:
     """A reply's id, of which there is no other."""
-    return f"{prefix}-{uuid.uuid4().hex}"
+    return f"{prefix}-{secrets.token_hex(16)}"
 
 
 def head(request_id: str, kind: str, model: str) -> dict[str, Any]:

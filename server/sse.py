@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterable
+import secrets
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -13,8 +14,9 @@ import orjson
 from aiohttp import HttpVersion11, web
 
 from jaxserve.log import logger
+from server.completion import Delta
 from server.errors import api_error
-from server.generation import Delta, Run
+from server.generation import Run
 from server.service import SERVICE
 
 HEADERS = {
@@ -26,28 +28,40 @@ DONE = b"data: [DONE]\n\n"
 PING = b": keep-alive\n\n"
 
 
+_MARK = secrets.token_hex(16)
+"""A text that stands nowhere else in a chunk."""
+
+
 def event(payload: Any) -> bytes:
     """One event. JSON holds no line break, so it is always a single line."""
     return b"data: " + orjson.dumps(payload) + b"\n\n"
 
 
+class _Reply(web.StreamResponse):
+    """Its head goes out with its first bytes instead of by itself."""
+
+    _send_headers_immediately = False
+
+
 class TimedResponse:
     """A streamed reply whose client is cut off if it doesn't read for ``write_timeout_s``.
 
-    One timer per reply watches all its writes, which costs nothing per chunk; it also sends
-    ``ping`` after ``stream_ping_s`` of silence, so that proxies keep the connection.
+    The head is sent with the first bytes. One timer per reply watches all its writes, which costs
+    nothing per chunk; it also sends ``ping`` after ``stream_ping_s`` of silence, so that proxies
+    keep the connection.
 
-    Raises (from ``write``):
+    Raises (from ``write`` and ``end``):
         ConnectionError: the client is gone.
     """
 
     def __init__(self, request: web.Request, headers: dict[str, str], ping: bytes = b"") -> None:
         config, self._metrics = request.app[SERVICE].config, request.app[SERVICE].metrics
         self._request = request
-        self._response = web.StreamResponse(headers=headers)
+        self._response = _Reply(headers=headers)
         self._write_timeout, self._ping_after = config.write_timeout_s, config.stream_ping_s
         self._ping = ping
         self._chunked = request.version >= HttpVersion11
+        self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._writing_since: float | None = None
         self._last_write = self._loop.time()
@@ -55,10 +69,6 @@ class TimedResponse:
         self._pings: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
-        if self._chunked:
-            self._response.enable_chunked_encoding()
-        await self._response.prepare(self._request)
-        self._metrics.streams.inc()
         self._tick()
         return self
 
@@ -68,20 +78,37 @@ class TimedResponse:
         error: BaseException | None,
         at: TracebackType | None,
     ) -> None:
-        self._metrics.streams.dec()
+        if self.begun:
+            self._metrics.streams.dec()
         if self._timer is not None:
             self._timer.cancel()
+        for ping in self._pings:
+            ping.cancel()  # it may not begin a reply that was given up
+
+    @property
+    def begun(self) -> bool:
+        """Whether the head is on its way, so that no other reply can be given any more."""
+        return self._response.prepared
 
     async def write(self, data: bytes) -> None:
         """Sends bytes; waits while the client's buffers are full."""
         self._writing_since = self._loop.time()
+        await self._begin()
         await self._response.write(data)
         self._writing_since, self._last_write = None, self._loop.time()
 
+    async def end(self, data: bytes) -> web.StreamResponse:
+        """Sends the last bytes and ends the reply."""
+        self._writing_since = self._loop.time()
+        await self._begin()
+        await self._response.write_eof(data)
+        self._writing_since = None
+        return self._response
+
     def is_free(self) -> bool:
-        """Whether ``write_now`` may be used: nothing waits to be read by the client. Only after the
-        first ``write``, which sends the head."""
-        transport = self._request.transport
+        """Whether ``write_now`` may be used: the head is sent, and nothing waits to be read by the
+        client."""
+        transport = self._transport
         return (
             transport is not None
             and self._writing_since is None
@@ -91,17 +118,18 @@ class TimedResponse:
 
     def write_now(self, data: bytes) -> None:
         """Sends bytes without waiting, past aiohttp's writer: the system takes them at once."""
-        transport = self._request.transport
-        if transport is not None:
-            transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-            self._last_write = self._loop.time()
+        assert self._transport is not None, "only if it is free"
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+        self._last_write = self._loop.time()
 
-    async def end(self) -> web.StreamResponse:
-        """Ends the reply."""
-        self._writing_since = self._loop.time()
-        await self._response.write_eof()
-        self._writing_since = None
-        return self._response
+    async def _begin(self) -> None:
+        if self.begun:
+            return
+        if self._chunked:
+            self._response.enable_chunked_encoding()
+        self._metrics.streams.inc()
+        await self._response.prepare(self._request)
+        self._transport = self._request.transport
 
     def _tick(self) -> None:
         """Runs a few times per timeout, so a stalled client lives at most a quarter longer."""
@@ -151,51 +179,64 @@ async def respond(
     show: Callable[[Delta], Iterable[Any]],
     last: Callable[[], Iterable[Any]] = tuple,
     form: Format = EVENTS,
+    brief: bool = False,
 ) -> web.StreamResponse:
     """Streams a run's news.
 
     The head is sent with the first piece, so that what fails before it has its own HTTP status;
     only if there is a ping and the first piece takes longer than ``stream_ping_s`` is the head sent
-    without. Later failures become a piece with an error object.
+    without. Later failures become a piece with an error object. All that comes with the end is
+    sent at once.
 
     Args:
         show: JSON values for some news, none if it isn't worth telling.
         last: JSON values for the end.
+        brief: what is shown between the first news and the last differs in its text alone, and
+            news without text isn't shown.
     """
-    pieces = _pieces(run, show, last)
-    first = asyncio.ensure_future(anext(pieces))
-    try:
-        silence_s = request.app[SERVICE].config.stream_ping_s if form.ping else None
-        await asyncio.wait({first}, timeout=silence_s)
-        if first.done() and first.exception() is not None:
-            first.result()
-        async with TimedResponse(request, form.headers, form.ping) as response:
 
-            def pass_on(delta: Delta) -> None:
-                for piece in show(delta):
-                    response.write_now(form.encode(piece))
+    def encoded(delta: Delta) -> bytes:
+        return b"".join(map(form.encode, show(delta)))
 
-            try:
-                await response.write(form.encode(await first))
-                run.divert(pass_on, response.is_free)
-                async for piece in pieces:
-                    await response.write(form.encode(piece))
-            except ConnectionError:
+    async with TimedResponse(request, form.headers, form.ping) as response:
+
+        def pass_on(delta: Delta) -> None:
+            if data := encoded(delta):
+                response.write_now(data)
+
+        write = _TextWriter(run, encoded, response.write_now).write if brief else None
+        unsent = b""
+        try:
+            run.divert(pass_on, response.is_free, write)
+            async for delta in run:
+                unsent += encoded(delta)
+                if unsent and not run.ended:
+                    await response.write(unsent)
+                    unsent = b""
+            unsent += b"".join(map(form.encode, last()))
+        except ConnectionError:
+            raise
+        except Exception as error:
+            if not response.begun:
                 raise
-            except Exception as error:
-                await response.write(form.encode(api_error(error).body()))
-            if form.done:
-                await response.write(form.done)
-            return await response.end()
-    finally:
-        first.cancel()
+            unsent += form.encode(api_error(error).body())
+        return await response.end(unsent + form.done)
 
 
-async def _pieces(
-    run: Run, show: Callable[[Delta], Iterable[Any]], last: Callable[[], Iterable[Any]]
-) -> AsyncIterator[Any]:
-    async for delta in run:
-        for piece in show(delta):
-            yield piece
-    for piece in last():
-        yield piece
+class _TextWriter:
+    """Writes chunks that differ in their text alone: what stands around it is made once."""
+
+    def __init__(
+        self, run: Run, encoded: Callable[[Delta], bytes], write: Callable[[bytes], None]
+    ) -> None:
+        self._run, self._encoded, self._write = run, encoded, write
+        self._around: tuple[bytes, bytes] | None = None
+
+    def write(self, text: str) -> None:
+        """Sends a chunk at once."""
+        if self._around is None:
+            marked = Delta(self._run.completions[0], _MARK, [], None, None, None)
+            before, after = self._encoded(marked).split(orjson.dumps(_MARK))
+            self._around = before, after
+        before, after = self._around
+        self._write(before + orjson.dumps(text) + after)

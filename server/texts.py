@@ -73,6 +73,8 @@ class Texts:
         def work() -> list[int]:
             return tokenizer.chat(conversation.messages, special, **conversation.template)[1]
 
+        if conversation.is_brief and conversation.characters <= SMALL_CHARACTERS:
+            return work()
         return await self.run(work)
 
     async def decode(self, token_ids: Sequence[int], param: str) -> str:

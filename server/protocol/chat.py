@@ -38,6 +38,10 @@ RESERVED_KWARGS = frozenset(
 )
 """Names by which the template or its caller knows something else."""
 
+FEW_MESSAGES = 16
+_CONTENT = {"role", "content"}
+_OWN_TEMPLATE = {"add_generation_prompt", "continue_final_message"}
+
 _TOOLS = "tool calls are not available yet"
 _MEDIA = "the model reads text only"
 _MESSAGE_FIELDS: dict[str, Field] = {
@@ -119,6 +123,15 @@ class Conversation:
     def characters(self) -> int:
         """Of all contents."""
         return sum(len(message["content"] or "") for message in self.messages)
+
+    @property
+    def is_brief(self) -> bool:
+        """Whether the model's own template sees a few contents, and nothing else of any length."""
+        return (
+            len(self.messages) <= FEW_MESSAGES
+            and all(message.keys() == _CONTENT for message in self.messages)
+            and self.template.keys() == _OWN_TEMPLATE
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -191,6 +191,11 @@ class Options:
     tokens_as_ids: bool
     return_token_ids: bool
 
+    @property
+    def only_text(self) -> bool:
+        """Whether a stream's chunks tell of nothing but text until the last one."""
+        return not (self.show_logprobs or self.return_token_ids or self.continuous_usage)
+
 
 def options(
     values: Mapping[str, Any],

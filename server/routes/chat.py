@@ -10,7 +10,8 @@ from aiohttp import web
 from server import sse
 from server.beams import make_run
 from server.body import json_object
-from server.generation import Completion, Delta, Run
+from server.completion import Completion, Delta
+from server.generation import Run
 from server.logprobs import chat_logprobs, prompt_logprobs
 from server.protocol.chat import parse_chat
 from server.protocol.sampling import Options
@@ -32,7 +33,8 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
         if options.stream:
             start = head(request_id, "chat.completion.chunk", model)
             stream = _Stream(run, start, role)
-            return await sse.respond(request, run, stream.show, stream.last)
+            only_text = options.only_text
+            return await sse.respond(request, run, stream.show, stream.last, brief=only_text)
         await run.finish()
     start = head(request_id, "chat.completion", model)
     choices = [_whole(one, options, role) for one in run.best()]

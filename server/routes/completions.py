@@ -10,7 +10,8 @@ from aiohttp import web
 from server import sse
 from server.beams import make_run
 from server.body import json_object
-from server.generation import Completion, Delta, Run
+from server.completion import Completion, Delta
+from server.generation import Run
 from server.logprobs import CompletionLogprobs, prompt_logprobs
 from server.protocol.completions import CompletionRequest, parse_completion
 from server.replies import head, json_response, new_id, usage_chunk
@@ -36,7 +37,8 @@ async def completions(request: web.Request) -> web.StreamResponse:
         ]
         if options.stream:
             stream = _Stream(run, choices, start)
-            return await sse.respond(request, run, stream.show, stream.last)
+            only_text = options.only_text
+            return await sse.respond(request, run, stream.show, stream.last, brief=only_text)
         await run.finish()
         whole = [choices[one.number].whole() for one in run.best()]
     for index, choice in enumerate(whole):

@@ -10,7 +10,7 @@ from aiohttp import web
 from server import sse
 from server.beams import make_run
 from server.body import json_object
-from server.generation import Delta
+from server.completion import Delta
 from server.protocol.completions import parse_generate
 from server.replies import json_response, new_id
 from server.service import SERVICE

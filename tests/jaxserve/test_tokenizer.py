@@ -215,6 +215,30 @@ def test_encode_decode_and_token(tokenizer: Tokenizer) -> None:
     assert len(tokenizer) == 2048
 
 
+@pytest.mark.parametrize("text", NASTY)
+@pytest.mark.parametrize("special", [False, True])
+def test_texts_are_encoded_as_transformers_does(
+    text: str, special: bool, tokenizer: Tokenizer, bytes_tokenizer: Tokenizer
+) -> None:
+    for one in (tokenizer, bytes_tokenizer):
+        assert one.encode(text, special) == one.hf.encode(text, add_special_tokens=special)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"truncation": True, "max_length": 2},
+        {"padding": "max_length", "max_length": 50},
+        {"split_special_tokens": True},
+    ],
+)
+def test_what_others_do_with_its_insides_changes_no_encoding(settings: dict[str, Any]) -> None:
+    one, text = Tokenizer(str(demo.target_path())), "<|im_start|>user and more than that"
+    ids = one.encode(text)
+    assert one.hf(text, **settings)["input_ids"] != ids
+    assert one.encode(text) == ids
+
+
 def test_the_chat_template(tokenizer: Tokenizer, bytes_tokenizer: Tokenizer) -> None:
     text = bytes_tokenizer.apply_chat_template(MESSAGES, add_generation_prompt=True)
     assert text == "<s>user: Hello</s><s>assistant: "

@@ -176,6 +176,32 @@ def test_streams_are_framed_as_the_client_knows_it(version: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("route", ["completions", "chat/completions"])
+@pytest.mark.parametrize("stream_options", [None, {"include_usage": True}])
+def test_chunks_between_the_first_and_the_last_differ_in_their_text_alone(
+    route: str, stream_options: dict[str, Any] | None
+) -> None:
+    async def main() -> None:
+        async with front_end(slow_engine()) as front:
+            body = {"max_tokens": 60, "temperature": 0, "stream_options": stream_options}
+            begin = [{"role": "user", "content": 'Say "\\n"'}]
+            body |= {"prompt": "Hi"} if route == "completions" else {"messages": begin}
+            events = (await front.events(f"/v1/{route}", body))[:-1]
+            events = [event for event in events if event["choices"]]
+            texts, others = [], []
+            for event in events[2:-1]:
+                (choice,) = event["choices"]
+                holder = choice if route == "completions" else choice["delta"]
+                texts.append(holder.pop("text" if route == "completions" else "content"))
+                others.append(event)
+            assert len(texts) > 10 and all(texts) and "🙂" in "".join(texts)
+            assert all(event == others[0] for event in others)
+            assert ("usage" in others[0]) == (stream_options is not None)
+            assert others[0]["choices"][0]["finish_reason"] is None
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("stop", ["never", "page by"])
 def test_a_stop_string_ends_a_stream_and_its_request(stop: str) -> None:
     async def main() -> None:
