@@ -30,11 +30,13 @@ class Generations:
         self._engine, self._tokenizer, self._on_text = engine, tokenizer, on_text
         self._under_way: dict[str, tuple[Generation, RequestOutput]] = {}
         self._num_tokens = 0
+        self._num_waiting_tokens = 0
 
     def add(
         self, name: str, prompt: Prompt, params: SamplingParams, priority: int
     ) -> RequestOutput:
-        """Admits a prompt's n completions; returns the output that grows.
+        """Admits a prompt's n completions; returns the output that grows. Where enough were added
+        to fill a step, it begins while the next ones are checked.
 
         Raises:
             InvalidRequestError: it can't be served.
@@ -58,6 +60,10 @@ class Generations:
             generation = Generation(params, ids, index, tokenizer, engine.eos_token_ids)
             output.outputs.append(generation.output)
             self._under_way[request_id] = generation, output
+            self._num_waiting_tokens += len(ids)
+        if self._num_waiting_tokens >= engine.max_step_tokens:
+            self._num_waiting_tokens = 0
+            engine.start_ahead()
         return output
 
     def run(self, use_tqdm: bool) -> None:

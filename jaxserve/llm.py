@@ -151,15 +151,18 @@ class LLM:
             on_text: called with an output and its first completion's new text as it comes.
 
         Raises:
-            InvalidRequestError: a prompt can't be served; nothing was generated then.
+            InvalidRequestError: a prompt can't be served; the others are given up then.
         """
         engine = self._running_engine()
         items = as_list(prompts)
         params = self._params_for(sampling_params, len(items))
         ranks = priorities(priority, len(items))
+        for rank in ranks:
+            engine.limits.check_priority(rank)
         names = [self._next_name() for _ in items]
         requests = list(zip(names, items, params, ranks))
-        requests.sort(key=lambda request: -(request[2].max_tokens or engine.max_model_len))
+        most = engine.max_model_len
+        requests.sort(key=lambda request: (request[3], -(request[2].max_tokens or most)))
         generations = Generations(engine, self._tokenizer, on_text)
         try:
             outputs = {request[0]: generations.add(*request) for request in requests}

@@ -38,6 +38,16 @@ class Limits:
             )
         self.check_token_ids("prompt", prompt)
 
+    def check_priority(self, priority: int) -> None:
+        """Priorities are compared with each other.
+
+        Raises:
+            InvalidRequestError: it is no integer.
+        """
+        if type(priority) is not int:
+            message = f"priority must be an integer, got {priority!r}."
+            raise InvalidRequestError(message, "priority")
+
     def check_params(self, params: SamplingParams) -> None:
         """Checks what SamplingParams alone can't know.
 

@@ -99,6 +99,11 @@ class Engine:
         self._num_failures = 0
 
     @property
+    def max_step_tokens(self) -> int:
+        """Most tokens that a step computes."""
+        return self.scheduler.max_step_tokens
+
+    @property
     def has_unfinished_requests(self) -> bool:
         """Whether ``step`` still has something to do."""
         return bool(self.scheduler.requests or self._in_flight)
@@ -158,9 +163,7 @@ class Engine:
         prompt = list(prompt_token_ids)
         self.limits.check_prompt(prompt)
         self.limits.check_params(params)
-        if type(priority) is not int:
-            message = f"priority must be an integer, got {priority!r}."
-            raise InvalidRequestError(message, "priority")
+        self.limits.check_priority(priority)
         room = self.max_model_len - len(prompt)
         seed = params.seed
         if seed is None:
@@ -185,6 +188,23 @@ class Engine:
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """Ends a request at once; does nothing if it ended already."""
         self.scheduler.abort(request_id, reason)
+
+    def start_ahead(self) -> None:
+        """Starts a step if it needn't wait for an earlier one: for callers with more to add, who
+        would let the devices idle meanwhile.
+
+        Raises:
+            Exception: as ``step``.
+        """
+        runner = self._runner
+        if runner is None or len(self._in_flight) >= self._run_ahead:
+            return
+        decision = self.scheduler.schedule()
+        if decision.requests:
+            try:
+                self._in_flight.append((decision, runner.dispatch(decision)))
+            except Exception as error:
+                self._recover(runner, error)
 
     def step(self) -> list[RequestUpdate]:
         """Starts the next step, then waits for the one ``run_ahead`` steps before it.

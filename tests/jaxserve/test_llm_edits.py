@@ -229,4 +229,4 @@ def test_priorities_are_one_per_prompt(llm: LLM, prompts: list[list[int]]) -> No
     with pytest.raises(InvalidRequestError, match="1 priorities were given for 2 prompts"):
         llm.generate(prompts[:2], greedy_params(2), priority=[3], use_tqdm=False)
     with pytest.raises(InvalidRequestError, match="priority must be an integer"):
-        llm.generate(prompts[:1], greedy_params(2), priority=[1.5], use_tqdm=False)
+        llm.generate(prompts[:2], greedy_params(2), priority=[1, "high"], use_tqdm=False)

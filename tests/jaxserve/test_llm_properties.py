@@ -409,6 +409,21 @@ def test_one_impossible_prompt_refuses_the_whole_call(
     assert not llm._engine.has_unfinished_requests
 
 
+def test_steps_begin_while_later_prompts_are_checked(
+    llm: LLM, prompts: list[list[int]], naive: list[list[int]]
+) -> None:
+    """And are given up if one of those is impossible."""
+    steps = llm.stats.steps
+    with pytest.raises(InvalidRequestError, match="The prompt is empty"):
+        llm.generate([*prompts[:40], []], greedy_params(MAX_TOKENS), use_tqdm=False)
+    assert llm.stats.steps > steps
+    engine = llm._engine
+    assert not engine.has_unfinished_requests
+    engine.scheduler.check_integrity()
+    assert engine.scheduler.allocator.num_free == engine.scheduler.allocator.num_usable
+    assert tokens_of(llm, prompts[:12], greedy_params(MAX_TOKENS)) == naive[:12]
+
+
 def test_impossible_settings_are_refused(llm: LLM) -> None:
     with pytest.raises(InvalidRequestError, match="stop strings need a tokenizer"):
         llm.generate([[5]], greedy_params(4, stop="x"))
