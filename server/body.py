@@ -35,9 +35,8 @@ async def json_object(request: web.Request, config: ServerConfig) -> dict[str, A
     too_large = ApiError(413, f"The body is larger than {config.max_body_bytes} bytes.")
     if (request.content_length or 0) > config.max_body_bytes:
         raise too_large
-    is_here = request.content.is_eof()
     try:
-        async with asyncio.timeout(None if is_here else config.read_timeout_s):
+        async with asyncio.timeout(config.read_timeout_s):
             body = await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise too_large from None
