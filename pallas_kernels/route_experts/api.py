@@ -50,7 +50,7 @@ def route_experts(
 
     Returns:
         int32 [T, top_k], best first and the lower number first where scores tie; -1 for padding.
-        Any numbers for a row with NaN. And their weights, float32 [T, top_k]; padding's are
+        Unspecified for a row with NaN. And their weights, float32 [T, top_k]; padding's are
         unspecified.
 
     Raises:

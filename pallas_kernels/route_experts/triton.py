@@ -205,7 +205,7 @@ def _choose(
     def choose_one(i, carry):
         left, experts, weights = carry
         weight = jnp.max(left, axis=1)[:, None]
-        best = jnp.min(jnp.where(left == weight, expert, width), axis=1)[:, None]
+        best = jnp.min(jnp.where(left == weight, expert, width - 1), axis=1)[:, None]
         is_best = expert == best
         if correction is not None:
             weight = jnp.sum(jnp.where(is_best, scores, 0.0), axis=1)[:, None]

@@ -181,6 +181,8 @@ def test_a_row_without_numbers_harms_no_other(scores: str, bad: float) -> None:
     good = np.arange(case.tokens) != 5
     for got, want in zip(interpreted()(**spoiled), interpreted()(**arguments), strict=True):
         np.testing.assert_array_equal(np.asarray(got)[good], np.asarray(want)[good])
+    experts = np.asarray(interpreted()(**spoiled)[0][5])
+    assert (experts >= 0).all() and (experts < 16).all()
 
 
 @pytest.mark.parametrize("name", ["padding", "ties", "sigmoid, correction", "gpt-oss 20B"])
