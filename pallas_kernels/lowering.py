@@ -24,6 +24,15 @@ def can_lower_triton() -> bool:
     return jax.default_backend() == "gpu"
 
 
+def multiprocessors() -> int | None:
+    """Multiprocessors of the NVIDIA GPU, real or abstract, that code is traced for; None if it is
+    for something else."""
+    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    if device is not None:
+        return device.num_cores if device.platform in ("cuda", "gpu") else None
+    return jax.local_devices()[0].core_count if jax.default_backend() == "gpu" else None
+
+
 def hopper_cores() -> int:
     """Multiprocessors of the Hopper GPU, real or abstract, that code is traced for.
 

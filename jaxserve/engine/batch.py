@@ -23,7 +23,13 @@ from jaxserve.model.inputs import StepInputs
 from jaxserve.sampling.inputs import SamplingInputs
 from jaxserve.sampling.params import MAX_STOP_TOKEN_IDS, SamplingParams
 from jaxserve.sampling.sample import VARIANTS, Variant
-from pallas_kernels.paged_attention import AttentionBatch, PlanSizes, plan, plan_sizes
+from pallas_kernels.paged_attention import (
+    AttentionBatch,
+    PlanSizes,
+    plan_decode,
+    plan_sizes,
+    plan_tiles,
+)
 
 MAX_FORBIDDEN = MAX_STOP_TOKEN_IDS + 8
 """Tokens that a lane can rule out: its stop ids and the model's end tokens."""
@@ -72,23 +78,40 @@ class Layout:
         bucket: the bucket.
         page_size: tokens per page.
         rows: rows of device state.
-        tables: page tables of the model.
-        plan: sizes of the attention plan.
+        windows: of each page table of the model, the sliding window of its layers.
+        plan: sizes of the attention plans.
     """
 
     bucket: Bucket
     page_size: int
     rows: int
-    tables: int
+    windows: tuple[int | None, ...]
     plan: PlanSizes
 
     @classmethod
     def make(
-        cls, bucket: Bucket, page_size: int, rows: int, group: int, split: bool, tables: int = 1
+        cls,
+        bucket: Bucket,
+        page_size: int,
+        rows: int,
+        group: int,
+        split: bool,
+        places: int | None = None,
+        windows: tuple[int | None, ...] = (None,),
     ) -> Layout:
         """The layout for a model whose widest GQA group is ``group``; see ``plan_sizes``."""
-        sizes = plan_sizes(bucket.lanes, bucket.tokens, group, split)
-        return cls(bucket, page_size, rows, tables, sizes)
+        sizes = plan_sizes(bucket.lanes, bucket.tokens, group, split, places)
+        return cls(bucket, page_size, rows, windows, sizes)
+
+    @property
+    def tables(self) -> int:
+        """Page tables of the model."""
+        return len(self.windows)
+
+    @functools.cached_property
+    def distinct_windows(self) -> tuple[int | None, ...]:
+        """The windows that the step has a plan of decode items for."""
+        return tuple(dict.fromkeys(self.windows))
 
     @property
     def num_table_updates(self) -> int:
@@ -109,12 +132,13 @@ class Layout:
     def fields(self) -> Fields:
         """Every field's shape, in order; the sampler's come first."""
         lanes, tokens = self.bucket.lanes, self.bucket.tokens
-        items, tiles = self.plan.decode_items, self.plan.tiles
+        items, tiles, plans = self.plan.decode_items, self.plan.tiles, len(self.distinct_windows)
         per_lane = ("row", "query_start", "query_len", "kv_len", "rope_length")
         return {
             **self.sampling_fields,
-            **dict.fromkeys((*per_lane, "decode_first", "decode_count"), (lanes,)),
-            **dict.fromkeys(("decode_lane", "decode_start", "decode_end"), (items,)),
+            **dict.fromkeys(per_lane, (lanes,)),
+            **dict.fromkeys(("decode_first", "decode_count"), (plans, lanes)),
+            **dict.fromkeys(("decode_lane", "decode_start", "decode_end"), (plans, items)),
             **dict.fromkeys(("tile_lane", "tile_start"), (tiles,)),
             **dict.fromkeys(("token_ids", "token_lane"), (tokens,)),
             "table_updates": (self.num_table_updates, 3),
@@ -188,8 +212,11 @@ class Packer:
         fields["query_len"][:lanes] = lengths
         fields["kv_len"][:lanes] = kv_len
         fields["rope_length"][:lanes] = decision.rope_length
-        for name, array in plan(lengths, kv_len, layout.plan).items():
+        for name, array in plan_tiles(lengths, kv_len, layout.plan).items():
             fields[name][:] = array
+        for number, window in enumerate(layout.distinct_windows):
+            for name, array in plan_decode(lengths, kv_len, layout.plan, window).items():
+                fields[name][number] = array
         cells = padded_updates(table_updates, layout.num_table_updates, layout.tables * layout.rows)
         fields["table_updates"][:] = cells
         self._pack_sampling(fields, decision, layout.rows)
@@ -259,7 +286,6 @@ def unpack_inputs(
     tables = page_table.reshape(layout.tables, layout.rows, -1)
     page = tables[:, row, position // layout.page_size]
     last = jnp.maximum(fields["query_start"] + fields["query_len"] - 1, 0)
-    names = AttentionBatch.__dataclass_fields__.keys() & fields.keys()
     inputs = StepInputs(
         token_ids=token_ids,
         positions=position,
@@ -268,11 +294,18 @@ def unpack_inputs(
         write_slot=position % layout.page_size,
         sample_index=None if layout.bucket.decode_only else last,
         page_table=tables,
-        attention=AttentionBatch(
-            **{name: fields[name] for name in names}, tile_tokens=layout.plan.tile_tokens
-        ),
+        attention=_attention(layout, fields),
     )
     return inputs, page_table
+
+
+def _attention(layout: Layout, fields: dict[str, Any]) -> AttentionBatch:
+    """The attention batch, whose ``decode_*`` arrays are those of every page table."""
+    arrays = {n: fields[n] for n in AttentionBatch.__dataclass_fields__.keys() & fields.keys()}
+    plans = [layout.distinct_windows.index(window) for window in layout.windows]
+    for name in AttentionBatch.PLANNED:
+        arrays[name] = jnp.stack([arrays[name][number] for number in plans])
+    return AttentionBatch(**arrays, tile_tokens=layout.plan.tile_tokens)
 
 
 def unpack_sampling(layout: Layout, words: jax.Array) -> SamplingInputs:

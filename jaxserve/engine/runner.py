@@ -23,11 +23,12 @@ from jaxserve.engine.request import Request, TokenLogprobs
 from jaxserve.engine.stats import Stats
 from jaxserve.engine.step import Avals, StepPrograms, StepState
 from jaxserve.model import decoder
-from jaxserve.model.config import ModelConfig
+from jaxserve.model.config import AttentionSpec, ModelConfig
 from jaxserve.model.params import Params
 from jaxserve.sampling import edits
 from jaxserve.sampling.sample import SAMPLERS, VARIANTS, Sampled, Variant
 from pallas_kernels.dispatch import CHOOSE, Kernels
+from pallas_kernels.paged_attention import decode_places
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,12 @@ class Runner:
         self._params: Params | None = None
         self._tables = len(model.page_groups.windows)
         group = max(s.attention.num_heads // s.attention.num_kv_heads for s in model.layers)
-        split = jax.default_backend() != "cpu"
+        split, windows = jax.default_backend() != "cpu", model.page_groups.windows
+        places = _decode_places(model, mesh.size)
         self._layouts = {
-            bucket: Layout.make(bucket, config.block_size, self._rows, group, split, self._tables)
+            bucket: Layout.make(
+                bucket, config.block_size, self._rows, group, split, places, windows
+            )
             for bucket in buckets
         }
         max_pages = -(-config.max_model_len // config.block_size)
@@ -249,6 +253,21 @@ class Runner:
         """A request's edits, packed for the program ``write_edits``."""
         line = edits.line(request.params, request.output_token_ids, self._vocab_size)
         return np.concatenate([np.array([request.row], np.int32), line])
+
+
+def _decode_places(model: ModelConfig, devices: int) -> int | None:
+    """Decode items that run at the same time, in the layers with the most heads to a device; None
+    if that is not known."""
+    places = [
+        decode_places(
+            spec.head_size,
+            max(1, spec.num_kv_heads // devices),
+            spec.num_heads // spec.num_kv_heads,
+        )
+        for spec in {layer.attention for layer in model.layers}
+        if isinstance(spec, AttentionSpec)
+    ]
+    return min((n for n in places if n is not None), default=None)
 
 
 def make_buckets(config: ResolvedConfig, platform: str) -> list[Bucket]:

@@ -28,7 +28,8 @@ class StepInputs:
             token (T = L), its own.
         page_table: int32 [tables, rows, pages], the pages of each row in order; [rows, pages] for
             one table's layers.
-        attention: which tokens see what.
+        attention: which tokens see what; the decode items of each of the page tables in one more
+            axis in front, which is missing for one table's layers.
     """
 
     token_ids: jax.Array
@@ -48,5 +49,9 @@ class StepInputs:
 
     def of_table(self, table: int) -> StepInputs:
         """What layers with that page table get."""
-        own = self.write_page[table], self.page_table[table]
-        return dataclasses.replace(self, write_page=own[0], page_table=own[1])
+        return dataclasses.replace(
+            self,
+            write_page=self.write_page[table],
+            page_table=self.page_table[table],
+            attention=self.attention.of_plan(table),
+        )

@@ -1,7 +1,14 @@
 """Causal grouped-query attention of ragged queries over paged keys and values."""
 
 from pallas_kernels.paged_attention.api import IMPLEMENTATIONS, paged_attention
-from pallas_kernels.paged_attention.batch import AttentionBatch, PlanSizes, plan, plan_sizes
+from pallas_kernels.paged_attention.batch import (
+    AttentionBatch,
+    PlanSizes,
+    decode_places,
+    plan_decode,
+    plan_sizes,
+    plan_tiles,
+)
 from pallas_kernels.paged_attention.variant import Variant
 
 __all__ = [
@@ -9,7 +16,9 @@ __all__ = [
     "AttentionBatch",
     "PlanSizes",
     "Variant",
+    "decode_places",
     "paged_attention",
-    "plan",
+    "plan_decode",
     "plan_sizes",
+    "plan_tiles",
 ]

@@ -9,7 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention.batch import AttentionBatch, plan, plan_sizes
+from pallas_kernels.paged_attention.batch import (
+    AttentionBatch,
+    decode_places,
+    plan_decode,
+    plan_sizes,
+    plan_tiles,
+)
 from pallas_kernels.paged_attention.variant import Variant
 from pallas_kernels.workload import LLAMA_1B, LLAMA_8B, Cost, LayerShape, normal
 
@@ -143,7 +149,7 @@ BENCHMARKS = (
     *(
         of_layer(layer, f"{name}, {batch}", BATCHES[batch], 0)
         for name, layer in VARIANTS.items()
-        for batch in ("decode 64x2048", "prefill 4x2048")
+        for batch in ("decode 64x2048", "decode 8x32768", "prefill 4x2048")
     ),
 )
 
@@ -155,8 +161,12 @@ def make(case: Case, seed: int, split: bool = True) -> dict:
     padding's. ``split`` leaves the plan room to split contexts.
     """
     rng = np.random.default_rng(seed)
+    group = case.heads // case.kv_heads
+    places = decode_places(case.head_size, case.kv_heads, group)
     table, batch, tokens = ragged(
-        rng, case.lanes, case.padding, case.page_size, case.heads // case.kv_heads, split
+        *(rng, case.lanes, case.padding, case.page_size, group, split),
+        places=places,
+        window=case.sliding_window,
     )
     pool = (table.size + 1, case.kv_heads, case.page_size, case.head_size)
     return {
@@ -185,6 +195,8 @@ def ragged(
     page_size: int,
     group: int,
     split: bool = True,
+    places: int | None = None,
+    window: int | None = None,
 ) -> tuple[jax.Array, AttentionBatch, int]:
     """A page table without page 0, a batch, and the token places of the step; see ``make``."""
     query_len = np.array([new for new, _ in lanes], np.int32)
@@ -195,7 +207,7 @@ def ragged(
     width = -(-int(kv_len.max()) // page_size) + 1
     table = (rng.permutation(count * width) + 1).reshape(count, width).astype(np.int32)
     rows = rng.permutation(count).astype(np.int32)
-    sizes = plan_sizes(count, tokens, group, split)
+    sizes = plan_sizes(count, tokens, group, split, places)
 
     def padded(values: np.ndarray) -> np.ndarray:
         return np.pad(values, (0, padding)).astype(np.int32)
@@ -205,7 +217,8 @@ def ragged(
         "query_start": padded(np.cumsum(query_len) - query_len),
         "query_len": padded(query_len),
         "kv_len": padded(kv_len),
-        **plan(query_len, kv_len, sizes),
+        **plan_decode(query_len, kv_len, sizes, window),
+        **plan_tiles(query_len, kv_len, sizes),
     }
     batch = AttentionBatch(
         **{name: jnp.asarray(array) for name, array in arrays.items()},

@@ -13,7 +13,7 @@ from jaxserve.model import decoder, kv_cache
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.inputs import StepInputs
 from jaxserve.model.params import Params
-from pallas_kernels.paged_attention import AttentionBatch, plan, plan_sizes
+from pallas_kernels.paged_attention import AttentionBatch, plan_decode, plan_sizes, plan_tiles
 
 PAGE_SIZE = 16
 
@@ -30,16 +30,18 @@ def prompt_inputs(config: ModelConfig, token_ids: list[int]) -> StepInputs:
     position = np.arange(tokens, dtype=np.int32)
     group = max(s.attention.num_heads // s.attention.num_kv_heads for s in config.layers)
     sizes = plan_sizes(1, tokens + 1, group, split=False)
-    length = np.array([tokens], np.int32)
+    length, tables = np.array([tokens], np.int32), len(config.page_groups.windows)
+    decode = plan_decode(length, length, sizes)
     batch = AttentionBatch(
         row=jnp.zeros(1, jnp.int32),
         query_start=jnp.zeros(1, jnp.int32),
         query_len=jnp.asarray(length),
         kv_len=jnp.asarray(length),
         tile_tokens=sizes.tile_tokens,
-        **{name: jnp.asarray(array) for name, array in plan(length, length, sizes).items()},
+        **{name: jnp.asarray(array) for name, array in plan_tiles(length, length, sizes).items()},
+        **{name: jnp.stack([array] * tables) for name, array in decode.items()},
     )
-    pages, tables = -(-tokens // PAGE_SIZE), len(config.page_groups.windows)
+    pages = -(-tokens // PAGE_SIZE)
     first = 1 + pages * np.arange(tables, dtype=np.int32)  # each table's pages lie in a row
     return StepInputs(
         token_ids=jnp.asarray(token_ids, jnp.int32),

@@ -158,8 +158,24 @@ def test_the_model_gets_each_token_where_it_belongs(
     np.testing.assert_array_equal(inputs.is_token, np.arange(tokens) < at)
     count = len(parts)
     for name in ("query_len", "kv_len", "decode_count"):
-        np.testing.assert_array_equal(getattr(inputs.attention, name)[count:], 0)
+        np.testing.assert_array_equal(getattr(inputs.of_table(0).attention, name)[count:], 0)
     assert inputs.sample_index is None or (np.asarray(inputs.sample_index) < tokens).all()
+
+
+def test_each_table_has_decode_items_for_what_its_layers_see() -> None:
+    windows = (None, 5, None, 5)
+    layout = Layout.make(Bucket(4, 4), PAGE_SIZE, ROWS, group=2, split=True, windows=windows)
+    parts = [Part(row=2, start=29, count=1), Part(row=0, start=2, count=1)]
+    packed = pack(Packer(ROWS), layout, decision_of(*parts))
+    table = jnp.zeros((len(windows) * ROWS, COLUMNS), jnp.int32)
+    inputs, _ = batch.unpack_inputs(layout, packed, table, jnp.asarray(LAST_TOKEN))
+    for number, window in enumerate(windows):
+        attention = inputs.of_table(number).attention
+        first = 0 if window is None else 30 - window
+        np.testing.assert_array_equal(attention.decode_lane[:3], [0, 1, 0])
+        np.testing.assert_array_equal(attention.decode_start[:3], [first, 0, 0])
+        np.testing.assert_array_equal(attention.decode_end[:3], [30, 3, 0])
+        np.testing.assert_array_equal(attention.decode_count, [1, 1, 0, 0])
 
 
 @pytest.mark.parametrize("split", [False, True])

@@ -23,7 +23,7 @@ from jaxserve.model.config import (
     RopeSpec,
 )
 from jaxserve.model.inputs import StepInputs
-from pallas_kernels.paged_attention import plan, plan_sizes
+from pallas_kernels.paged_attention import plan_decode, plan_sizes, plan_tiles
 from tests.helpers.dense import PAGE_SIZE, prompt_inputs, zero_cache
 
 HIDDEN, TOKENS = 24, 37
@@ -127,7 +127,8 @@ def part(inputs: StepInputs, start: int, stop: int) -> StepInputs:
     per_token = ("token_ids", "positions", "rope_lengths", "write_slot")
     lengths = {"query_len": np.array([stop - start]), "kv_len": np.array([stop])}
     sizes = plan_sizes(1, stop - start, SPEC.num_heads, split=False)
-    arrays = {**lengths, **plan(**lengths, sizes=sizes)}
+    decode = {name: array[None] for name, array in plan_decode(**lengths, sizes=sizes).items()}
+    arrays = {**lengths, **plan_tiles(**lengths, sizes=sizes), **decode}
     batch = dataclasses.replace(
         inputs.attention,
         tile_tokens=sizes.tile_tokens,
