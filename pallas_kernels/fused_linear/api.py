@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,7 @@ from pallas_kernels.fused_linear import mosaic_gpu, reference, triton
 # No mosaic_tpu: XLA for TPUs makes one product of it, with the norm's scaling fused in. Only the
 # gate is a fusion of its own, which for Llama 8B adds 0.4 % to the bytes moved with 8 rows, and 3 %
 # with 64 (XLA's own count).
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[str, Callable[..., jax.Array]] = {
     "mosaic_gpu": mosaic_gpu.fused_linear,
     "triton": triton.fused_linear,
     "reference": reference.fused_linear,

@@ -10,6 +10,9 @@ one, and its result is stored while they multiply.
 Blocks may come in pairs with the same columns and neighbouring rows, which fetch half of the
 weight's tiles each, for both: most of the traffic between the L2 cache and the multiprocessors is
 the weight's.
+
+Where a few hundred rows make fewer tiles than there are multiprocessors, the sums may be split
+along the inputs, for whoever reads the result to add up (``partial``).
 """
 
 from __future__ import annotations
@@ -61,6 +64,7 @@ class Config(NamedTuple):
         band: row tiles (pairs of them if ``pair`` is 2) that take turns before the next column of
             tiles begins, so that what all blocks work on at a time stays in the L2 cache.
         pair: 2 if two blocks share the weight's tiles, or 1.
+        splits: blocks that share the inputs; more than one only where ``partial`` is asked for.
     """
 
     rows: int
@@ -68,6 +72,7 @@ class Config(NamedTuple):
     stages: int
     band: int
     pair: int
+    splits: int = 1
 
 
 class _Shape(NamedTuple):
@@ -94,7 +99,7 @@ class _Shape(NamedTuple):
     @property
     def steps(self) -> int:
         """Tiles of operands to a tile of sums."""
-        return self.inputs // INPUTS
+        return self.inputs // (INPUTS * self.config.splits)
 
     @property
     def row_tiles(self) -> int:
@@ -102,8 +107,13 @@ class _Shape(NamedTuple):
         return -(-self.rows // (self.config.rows * self.config.pair))
 
     @property
-    def tiles(self) -> int:
+    def split_tiles(self) -> int:
+        """Tiles of one of the splits."""
         return self.row_tiles * (self.outputs // self.config.outputs)
+
+    @property
+    def tiles(self) -> int:
+        return self.split_tiles * self.config.splits
 
     @property
     def chunk(self) -> int:
@@ -158,6 +168,8 @@ def fused_linear(
     shape = _shape(x, w, silu_gated, cores, config, interpret)
     if (reason := _misfit(shape)) is not None:
         raise NotImplementedError(f"the Mosaic GPU kernel doesn't tile {w.shape}: {reason}")
+    if config.splits > 1 and not partial:
+        raise NotImplementedError("only partial sums can be split")
     cluster: dict[str, Any] = {}
     if config.pair > 1:
         cluster = {"cluster": (config.pair,), "cluster_names": ("member",)}
@@ -179,13 +191,13 @@ def fused_linear(
         rows = shape.row_tiles * config.pair * config.rows
     kernel = pl.kernel(
         body,
-        jax.ShapeDtypeStruct((rows, shape.outputs), x.dtype),
+        jax.ShapeDtypeStruct((config.splits, rows, shape.outputs), x.dtype),
         mesh=mesh,
         compiler_params=COMPILER_PARAMS,
         interpret=interpret or None,
     )
-    y = kernel(x, w.reshape(shape.parts, shape.outputs, shape.inputs))[: shape.rows]
-    return y[None] if partial else y
+    y = kernel(x, w.reshape(shape.parts, shape.outputs, shape.inputs))[:, : shape.rows]
+    return y if partial else y[0]
 
 
 def _shape(
@@ -212,8 +224,8 @@ def _interpreter() -> Any:
 def _misfit(shape: _Shape) -> str | None:
     """Why the kernel can't be cut like that; None if it can."""
     config = shape.config
-    if shape.inputs % INPUTS:
-        return f"{shape.inputs} columns are no multiple of {INPUTS}"
+    if shape.inputs % (INPUTS * config.splits):
+        return f"{shape.inputs} columns are no multiple of {INPUTS * config.splits}"
     if config.outputs % 16 or shape.outputs % config.outputs:
         return f"{shape.outputs} outputs are not cut by {config.outputs}"
     if config.rows not in TILE_ROWS or shape.width > MAX_WIDTH:
@@ -291,8 +303,8 @@ def _kernel(shape: _Shape, x, w, out, **scratch) -> None:
 
 
 def _for_each_tile(shape: _Shape, step: Callable) -> Any:
-    """Runs ``step(row, column, count)`` for the tiles of this block, where ``count`` tiles of
-    operands came before; returns their number.
+    """Runs ``step(split, row, column, count)`` for the tiles of this block, where ``count`` tiles
+    of operands came before; returns their number.
 
     The blocks take turns over the tiles. In a band of rows, the columns of tiles follow one
     another.
@@ -304,18 +316,20 @@ def _for_each_tile(shape: _Shape, step: Callable) -> Any:
 
     def run(nth, _):
         tile = block + nth * blocks
+        split, tile = lax.div(tile, shape.split_tiles), lax.rem(tile, shape.split_tiles)
         band, rest = lax.div(tile, of_band), lax.rem(tile, of_band)
         first = band * config.band
         height = jnp.minimum(shape.row_tiles - first, config.band)
         row = (first + lax.rem(rest, height)) * config.pair + member
-        step(row * config.rows, lax.div(rest, height) * config.outputs, nth * shape.steps)
+        column = lax.div(rest, height)
+        step(split, row * config.rows, column * config.outputs, nth * shape.steps)
 
     mine = lax.div(shape.tiles - block + blocks - 1, blocks)
     lax.fori_loop(0, mine, run, None)
     return mine * shape.steps
 
 
-def _produce(shape: _Shape, block, x, w, row, column, count) -> None:
+def _produce(shape: _Shape, block, x, w, split, row, column, count) -> None:
     """Fetches a tile's operands."""
     config = shape.config
     (_, x_smem), (_, w_smem) = _views(shape, block.x_smem), _views(shape, block.w_smem)
@@ -328,7 +342,8 @@ def _produce(shape: _Shape, block, x, w, row, column, count) -> None:
         def _():
             plgpu.barrier_wait(block.free.at[slot])
 
-        full, inputs = block.full.at[slot], pl.ds(i * INPUTS, INPUTS)
+        full = block.full.at[slot]
+        inputs = pl.ds((split * shape.steps + i) * INPUTS, INPUTS)
         plgpu.copy_gmem_to_smem(x.at[pl.ds(row, config.rows), inputs], x_smem.at[slot], full)
         outputs = w.at[:, pl.ds(column, config.outputs), inputs]
         plgpu.copy_gmem_to_smem(outputs, w_smem.at[slot], full, collective_axes=shared)
@@ -336,7 +351,7 @@ def _produce(shape: _Shape, block, x, w, row, column, count) -> None:
     lax.fori_loop(0, shape.steps, fetch, None)
 
 
-def _consume(shape: _Shape, block, out, role, row, column, count) -> None:
+def _consume(shape: _Shape, block, out, role, split, row, column, count) -> None:
     """Computes half of a tile's rows and starts storing them."""
     own = pl.ds(role * shape.consumer_rows, shape.consumer_rows)
     (x_smem, _), (w_smem, _) = _views(shape, block.x_smem), _views(shape, block.w_smem)
@@ -353,7 +368,7 @@ def _consume(shape: _Shape, block, out, role, row, column, count) -> None:
 
     multiply = _multiply_interpreted if shape.interpret else _multiply
     sums = multiply(shape, operands, release)
-    _store(shape, block, sums, out, role, row + role * shape.consumer_rows, column)
+    _store(shape, block, sums, out.at[split], role, row + role * shape.consumer_rows, column)
 
 
 def _multiply(shape: _Shape, operands: Callable, release: Callable) -> jax.Array:
@@ -424,6 +439,7 @@ def _silu(x: jax.Array) -> jax.Array:
 
 MAX_STAGES = 6
 BAND_ROWS = (1024, 2048, 4096)
+SPLITS = (2, 3, 4, 6, 8)
 WORTH_TIMING = 1.3
 """How many times as long as the best a candidate may take, by ``_estimate``."""
 
@@ -476,7 +492,15 @@ def _tilings(x: jax.Array, w: jax.Array, **options: Any) -> list[_Shape]:
             )
             cuts = (_shape(x, w, gated, _cores(), config) for config in configs)
             shapes += [shape for shape in cuts if _misfit(shape) is None][:1]
+    if options.get("partial"):
+        shapes += [cut for shape in shapes for cut in _splits(shape)]
     return shapes
+
+
+def _splits(shape: _Shape) -> list[_Shape]:
+    """The shape with its inputs split, while that gives more blocks something to do."""
+    cuts = [shape._replace(config=shape.config._replace(splits=n)) for n in SPLITS]
+    return [cut for cut in cuts if cut.tiles <= cut.cores and _misfit(cut) is None]
 
 
 def _cores() -> int:

@@ -5,6 +5,7 @@ The simulation computes the kernel's matrix products as ordinary ones; all else 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -13,17 +14,19 @@ import jax
 import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret.params import InterpretGPUParams  # public from 0.11 on
+from jax.sharding import AbstractMesh
 
 from pallas_kernels.fused_linear import mosaic_gpu
 from pallas_kernels.fused_linear.cases import Case, make, of_layer, promised
 from pallas_kernels.fused_linear.mosaic_gpu import Config
 from pallas_kernels.workload import LLAMA_1B, LLAMA_8B, LayerShape
-from tests.helpers.lowering import lowers_for
+from tests.helpers.lowering import DEVICES, lowers_for
 
 STATIC = ("silu_gated", "partial")
 ROWS = (65, 128, 256, 512, 1024, 2048, 4096, 8192)
 SMALL = Config(rows=128, outputs=64, stages=3, band=2, pair=1)
 TALL = Config(rows=256, outputs=64, stages=2, band=1, pair=1)
+SPLIT = Config(rows=128, outputs=64, stages=3, band=1, pair=1, splits=3)
 PAIRED = Config(rows=128, outputs=64, stages=3, band=2, pair=2)
 
 
@@ -48,12 +51,16 @@ def shapes(case: Case) -> tuple[Any, Any]:
     return jax.ShapeDtypeStruct(x, case.dtype), jax.ShapeDtypeStruct(w, case.dtype)
 
 
+def options(case: Case) -> dict[str, bool]:
+    return {"silu_gated": case.gated, "partial": case.partial}
+
+
 def guess(case: Case) -> Config:
-    return mosaic_gpu.guess(*shapes(case), silu_gated=case.gated)
+    return mosaic_gpu.guess(*shapes(case), **options(case))
 
 
 def lower(case: Case, config: Config) -> str:
-    function = functools.partial(mosaic_gpu.fused_linear, silu_gated=case.gated, config=config)
+    function = functools.partial(mosaic_gpu.fused_linear, **options(case), config=config)
     return lowers_for("cuda", function, *shapes(case))
 
 
@@ -66,6 +73,7 @@ def lower(case: Case, config: Config) -> str:
         (Case("a guess, results in pieces of 16", 65, 48, 128, gated=True), None),
         (Case("pieces take turns", 65, 128, 64, dtype="float16"), TALL._replace(outputs=128)),
         (Case("one partial sum", 65, 128, 64, partial=True), None),
+        (Case("three partial sums", 130, 128, 384, partial=True), SPLIT),
     ],
     ids=lambda value: getattr(value, "name", ""),
 )
@@ -108,6 +116,29 @@ def test_the_candidates_lower_for_cuda(gated: bool) -> None:
         assert "mosaic_gpu" in lower(case, config)
 
 
+def test_few_tiles_are_split() -> None:
+    case = Case("", 256, 1024, 2048, partial=True)
+    unsplit = dataclasses.replace(case, partial=False)
+    mesh = AbstractMesh((), (), abstract_device=DEVICES["cuda"])
+    with jax.sharding.use_abstract_mesh(mesh):
+        found, whole = (
+            {config.splits: config for config in mosaic_gpu.candidates(*shapes(c), **options(c))}
+            for c in (case, unsplit)
+        )
+    assert max(found) == 8 and set(whole) == {1}
+    for config in found.values():
+        assert "mosaic_gpu" in lower(case, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("splits", [2, 4])
+@pytest.mark.parametrize("config", [SMALL, TALL, PAIRED], ids=str)
+def test_on_the_gpu_split_sums_follow_the_formulas(config: Config, splits: int) -> None:
+    case = Case("", 300, 3584, 1024, partial=True)
+    function = functools.partial(mosaic_gpu.fused_linear, config=config._replace(splits=splits))
+    check(function, case, seed=6)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [None, SMALL, TALL, PAIRED], ids=str)
 @pytest.mark.parametrize("rows", [65, 130, 1000])
@@ -137,6 +168,8 @@ def test_on_the_gpu_real_layers_follow_the_formulas(model: LayerShape, rows: int
         (Case("", 65, 256, 256), None, "cuBLAS may be faster"),
         (Case("", 65, 256, 96), SMALL, "no multiple of 64"),
         (Case("", 65, 96, 256), SMALL, "96 outputs"),
+        (Case("", 65, 128, 256, partial=True), SPLIT, "no multiple of 192"),
+        (Case("", 65, 128, 384), SPLIT, "only partial sums"),
         (Case("", 65, 256, 256), SMALL._replace(rows=64), "none for the tensor cores"),
         (Case("", 65, 512, 256), SMALL._replace(outputs=512), "none for the tensor cores"),
         (Case("", 65, 256, 256), TALL._replace(outputs=256), "registers"),
