@@ -37,7 +37,7 @@ BODY = (*JAX, *BASICS, "flax", "pallas_kernels")
 MODEL = ("jaxserve.model", "jaxserve.quant", "jaxserve.distributed")
 DOOR = tuple(
     f"jaxserve.engine.{name}"
-    for name in ("batch", "memory", "programs", "prompt_reads", "runner", "step")
+    for name in ("batch", "lowered", "memory", "programs", "prompt_reads", "runner", "step")
 )
 BEHIND_THE_DOOR = (*DOOR, *BRAIN, *BODY, *MODEL, "jaxserve.sampling", "jaxserve.config", "psutil")
 ANYTHING = ("*",)

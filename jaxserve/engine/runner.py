@@ -17,7 +17,7 @@ from jaxserve.config import ResolvedConfig
 from jaxserve.engine import batch, prompt_reads, step
 from jaxserve.engine.batch import Bucket, Layout, Packer
 from jaxserve.engine.decision import Decision, StepResult
-from jaxserve.engine.programs import Programs, Progress, compiler_options
+from jaxserve.engine.programs import Programs, Progress, compilation_cache_dir, compiler_options
 from jaxserve.engine.prompt_reads import ReadPlan, Reads
 from jaxserve.engine.request import Request, TokenLogprobs
 from jaxserve.engine.stats import Stats
@@ -82,7 +82,8 @@ class Runner:
         }
         max_pages = -(-config.max_model_len // config.block_size)
         self._step = StepPrograms(
-            model, weights, mesh, self._layouts, num_pages, max_pages, kernels
+            *(model, weights, mesh, self._layouts, num_pages, max_pages, kernels),
+            cache_dir=compilation_cache_dir(),
         )
         lowerings, on_demand = self._step.lowerings(), self._step.lowerings_on_demand()
         self.programs = Programs(lowerings, stats, on_demand, compiler_options())

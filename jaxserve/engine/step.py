@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxserve.distributed import TENSOR
 from jaxserve.engine import batch, prompt_reads
 from jaxserve.engine.batch import Bucket, Layout
+from jaxserve.engine.lowered import LoweredPrograms, register
 from jaxserve.model import decoder, kv_cache
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.kv_cache import KVCache
@@ -27,6 +28,7 @@ from jaxserve.sampling import edits
 from jaxserve.sampling.sample import (
     SAMPLERS,
     VARIANTS,
+    Sampled,
     SamplerState,
     Variant,
     count_tokens,
@@ -59,6 +61,9 @@ class StepState:
     sampler: SamplerState
 
 
+register(StepState, SamplerState, Sampled)
+
+
 def chooser(lanes: int, variant: Variant) -> Hashable:
     """The key of the program that gives what a step chose."""
     return ("sample", lanes, variant) if variant in SAMPLERS else ("copy_tokens", lanes)
@@ -75,6 +80,8 @@ class StepPrograms:
         num_pages: KV pages, the padding page included.
         max_pages: most pages of a request.
         kernels: implementations to use in the forward pass.
+        cache_dir: where compiled programs are kept between runs, and these with them; None if
+            they aren't.
     """
 
     def __init__(
@@ -86,7 +93,11 @@ class StepPrograms:
         num_pages: int,
         max_pages: int,
         kernels: Kernels = CHOOSE,
+        cache_dir: str | None = None,
     ) -> None:
+        if any(callable(kernel) for kernel in vars(kernels).values()):
+            cache_dir = None  # nobody knows what such a function depends on
+        self._lowered = LoweredPrograms(cache_dir, mesh, model, layouts, kernels)
         self._kernels = kernels
         self._model, self._params, self._mesh, self._layouts = model, params, mesh, layouts
         self._specs = {path: _spec(aval) for path, aval in params.items()}
@@ -168,12 +179,14 @@ class StepPrograms:
         whole = NamedSharding(self._mesh, WHOLE)
         outputs = (_shardings(self.state), whole, self._logits(bucket).sharding, whole)
         shardings = (*outputs, *(whole for _ in more))
-        jitted = jax.jit(forward, donate_argnums=1, out_shardings=shardings)
-        return jitted.lower(self._params, self.state, self._int32(layout.size))
+        avals = self._params, self.state, self._int32(layout.size)
+        key = ("forward_with_hidden" if hidden else "forward", bucket)
+        return self._lowered.lower(key, forward, *avals, donate_argnums=1, out_shardings=shardings)
 
     def _lower_copy_tokens(self, bucket: Bucket) -> jax.stages.Lowered:
-        jitted = jax.jit(jnp.copy, out_shardings=NamedSharding(self._mesh, WHOLE))
-        return jitted.lower(self._int32(bucket.lanes))
+        whole = NamedSharding(self._mesh, WHOLE)
+        tokens = self._int32(bucket.lanes)
+        return self._lowered.lower(("copy_tokens",), jnp.copy, tokens, out_shardings=whole)
 
     def _lower_sample(self, bucket: Bucket, variant: Variant) -> jax.stages.Lowered:
         # All buckets with as many lanes share the program: the sampler's words are the same.
@@ -183,8 +196,9 @@ class StepPrograms:
             return sample(variant, logits, state, batch.unpack_sampling(layout, words))
 
         shardings = (_shardings(state), NamedSharding(self._mesh, WHOLE))
-        jitted = jax.jit(step, donate_argnums=1, out_shardings=shardings)
-        return jitted.lower(self._logits(bucket), state, self._int32(layout.sampling_size))
+        avals = self._logits(bucket), state, self._int32(layout.sampling_size)
+        key = "sample", bucket.lanes, variant
+        return self._lowered.lower(key, step, *avals, donate_argnums=1, out_shardings=shardings)
 
     def _lower_count_tokens(self) -> jax.stages.Lowered:
         def count(counts, packed):
@@ -192,13 +206,14 @@ class StepPrograms:
             return count_tokens(counts, packed[-2], ids, of_prompt, packed[-1] == 1)
 
         counts = self.state.sampler.counts
-        jitted = jax.jit(count, donate_argnums=0, out_shardings=counts.sharding)
-        return jitted.lower(counts, self._int32(2 * COUNT_PIECE + 2))
+        avals = counts, self._int32(2 * COUNT_PIECE + 2)
+        return self._lower_update("count_tokens", count, *avals)
 
     def _lower_write_table(self) -> jax.stages.Lowered:
         table = self.state.page_table
-        jitted = jax.jit(batch.write_table, donate_argnums=0, out_shardings=table.sharding)
-        return jitted.lower(table, self._int32(TABLE_PIECE, 3))
+        return self._lower_update(
+            "write_table", batch.write_table, table, self._int32(TABLE_PIECE, 3)
+        )
 
     def _lower_write_edits(self) -> jax.stages.Lowered:
         table = self.state.sampler.edits
@@ -206,19 +221,25 @@ class StepPrograms:
         def write(table, packed):
             return edits.write(table, packed[0], packed[1:])
 
-        jitted = jax.jit(write, donate_argnums=0, out_shardings=table.sharding)
-        return jitted.lower(table, self._int32(1 + table.shape[1]))
+        return self._lower_update("write_edits", write, table, self._int32(1 + table.shape[1]))
+
+    def _lower_update(self, name: str, function: Callable, *avals: Any) -> jax.stages.Lowered:
+        """A program that changes its first argument."""
+        options = {"donate_argnums": 0, "out_shardings": avals[0].sharding}
+        return self._lowered.lower((name,), function, *avals, **options)
 
     def _lower_score_prompt(self) -> jax.stages.Lowered:
         path = decoder.head_weight(self._model)
         score = functools.partial(prompt_reads.score, self._model)
-        jitted = jax.jit(score, out_shardings=NamedSharding(self._mesh, WHOLE))
         piece = self._int32(2, prompt_reads.piece_size(self.largest.lanes))
-        return jitted.lower({path: self._params[path]}, self._hidden, piece)
+        avals = {path: self._params[path]}, self._hidden, piece
+        whole = NamedSharding(self._mesh, WHOLE)
+        return self._lowered.lower(("score_prompt",), score, *avals, out_shardings=whole)
 
     def _lower_pool_prompt(self) -> jax.stages.Lowered:
-        jitted = jax.jit(prompt_reads.pool, out_shardings=NamedSharding(self._mesh, WHOLE))
-        return jitted.lower(self._hidden, self._int32(2, self.largest.lanes))
+        avals = self._hidden, self._int32(2, self.largest.lanes)
+        whole = NamedSharding(self._mesh, WHOLE)
+        return self._lowered.lower(("pool_prompt",), prompt_reads.pool, *avals, out_shardings=whole)
 
     @property
     def largest(self) -> Bucket:

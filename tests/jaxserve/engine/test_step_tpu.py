@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from jaxserve.distributed import LOGICAL_TO_MESH, TENSOR
-from jaxserve.engine import step
+from jaxserve.engine import lowered
 from jaxserve.engine.batch import Bucket, Layout
 from jaxserve.engine.step import StepPrograms
 from jaxserve.model import decoder
@@ -41,7 +41,7 @@ def lowers_for_tpu(monkeypatch: pytest.MonkeyPatch) -> None:
         lower = lambda *args: jitted.trace(*args).lower(lowering_platforms=("tpu",))  # noqa: E731
         return types.SimpleNamespace(lower=lower)
 
-    monkeypatch.setattr(step, "jax", types.SimpleNamespace(**vars(jax) | {"jit": jit}))
+    monkeypatch.setattr(lowered, "jax", types.SimpleNamespace(**vars(jax) | {"jit": jit}))
 
 
 @pytest.mark.parametrize("devices", [1, 2])
