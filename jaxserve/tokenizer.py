@@ -8,10 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from jaxserve import chat_templates
-from jaxserve.chat_templates.render import render
 from jaxserve.errors import CheckpointError, InvalidRequestError
 from jaxserve.log import logger
 from jaxserve.sampling.checks import MAX_BAD_WORD_TOKENS
+from jaxserve.vocab.render import render
 
 REPLACEMENT = "\ufffd"
 """What decoders give for bytes that are no whole character (yet)."""

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from jaxserve import chat_templates, demo
-from jaxserve.chat_templates.render import render
 from jaxserve.errors import ConfigError, InvalidRequestError
 from jaxserve.tokenizer import Tokenizer
+from jaxserve.vocab.render import render
 from tests.helpers.checkpoints import make_checkpoint
 
 VICUNA = (
