@@ -11,6 +11,7 @@ from jaxserve import chat_templates
 from jaxserve.errors import CheckpointError, InvalidRequestError
 from jaxserve.log import logger
 from jaxserve.sampling.checks import MAX_BAD_WORD_TOKENS
+from jaxserve.vocab.render import render
 
 REPLACEMENT = "\ufffd"
 """What decoders give for bytes that are no whole character (yet)."""
@@ -120,7 +121,7 @@ class Tokenizer:
                 "messages",
             )
         try:
-            return str(self.hf.apply_chat_template(list(messages), tokenize=False, **options))
+            return render(self.hf, messages, options)
         except Exception as error:  # a template may raise anything, on purpose too
             message = f"The chat template refused the messages: {error}"
             raise InvalidRequestError(message, "messages") from error

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import orjson
-from aiohttp import web
+from aiohttp import EMPTY_PAYLOAD, web
 
 from jaxserve.config import EngineConfig
 from jaxserve.errors import EngineClosedError
@@ -45,6 +45,7 @@ class LocalRequest:
     """
 
     content_type = "application/json"
+    content = EMPTY_PAYLOAD
 
     def __init__(self, app: web.Application, body: bytes) -> None:
         self.app = app

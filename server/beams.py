@@ -66,7 +66,7 @@ class BeamRun(Run):
         starts = range(0, len(self.completions), width)
         return [one for start in starts for one in self.completions[start : start + n]]
 
-    async def _submit(self, stack: AsyncExitStack, number: int, prompt: Prompt) -> None:
+    def _submit(self, number: int, prompt: Prompt) -> None:
         self._add(number, prompt, self.options.params)
 
     async def _ask(

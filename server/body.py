@@ -32,17 +32,21 @@ async def json_object(request: web.Request, config: ServerConfig) -> dict[str, A
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity"):
         raise ApiError(415, "Compressed bodies are not accepted; send it as it is.")
-    too_large = ApiError(413, f"The body is larger than {config.max_body_bytes} bytes.")
     if (request.content_length or 0) > config.max_body_bytes:
-        raise too_large
+        raise _too_large(config)
+    is_here = request.content.is_eof()  # a timer costs as much as reading it
     try:
-        async with asyncio.timeout(config.read_timeout_s):
+        async with asyncio.timeout(None if is_here else config.read_timeout_s):
             body = await request.read()
     except web.HTTPRequestEntityTooLarge:
-        raise too_large from None
+        raise _too_large(config) from None
     except TimeoutError:
         message = f"The body did not arrive within {config.read_timeout_s:g} s."
         raise ApiError(408, message) from None
     if len(body) <= SMALL_BYTES:
         return parse_object(body)
     return await asyncio.to_thread(parse_object, body)
+
+
+def _too_large(config: ServerConfig) -> ApiError:
+    return ApiError(413, f"The body is larger than {config.max_body_bytes} bytes.")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import time
 from collections import deque
@@ -31,10 +30,11 @@ from server.engine_supervisor import EngineProcess
 
 RECONNECT_S = 0.05
 MAX_RETRY_AFTER_S = 60.0
-NEUTRAL = SamplingParams()
 NO_ERROR = (None, None, None)
 FRONT_END_ONLY = ("n", "stop", "bad_words", "truncate_prompt_tokens")
 """Sampling parameters that the front-end has dealt with, and the engine does not need."""
+NEUTRAL = {k: v for k, v in vars(SamplingParams()).items() if k not in FRONT_END_ONLY}
+"""The others, which travel only where they differ from these."""
 
 
 class EngineClient:
@@ -136,10 +136,9 @@ class EngineClient:
         limits.check_prompt(prompt_token_ids)
         limits.check_params(params)
         given = {
-            f.name: value
-            for f in dataclasses.fields(params)
-            if f.name not in FRONT_END_ONLY
-            and (value := getattr(params, f.name)) != getattr(NEUTRAL, f.name)
+            name: value
+            for name, neutral in NEUTRAL.items()
+            if (value := getattr(params, name)) != neutral
         }
         key, prompt = next(self._ids), list(prompt_token_ids)
         timeout_s = self._queue_timeout_s

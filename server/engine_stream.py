@@ -60,7 +60,9 @@ class EngineStream:
         if not self._ended:
             self._ended = True
             self._on_abort()
-        self._unread = None
+        # What takes events knows the request, which knows this stream: left to themselves, they and
+        # all that they know would be garbage that only a collection finds.
+        self._unread = self._take = None
         self._wake()
 
     def divert(self, take: Callable[[TokenEvent], bool]) -> None:

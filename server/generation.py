@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -47,7 +46,6 @@ class Run:
         self._metrics = service.metrics
         self._request_id = request_id
         self._arrived = time.monotonic()
-        self._stack = AsyncExitStack()
         self._streams: list[EngineStream] = []
         self._pumps: list[asyncio.Task[None]] = []
 
@@ -56,12 +54,14 @@ class Run:
         if count > most:
             message = f"{count} completions in one request are more than the queue's {most}."
             raise ApiError(400, message, param="n")
-        async with AsyncExitStack() as stack:
+        try:
             for number in range(count):
                 if number:
                     await asyncio.sleep(0)  # handing over a long prompt takes a moment
-                await self._submit(stack, number, self.prompts[number // self.options.best_of])
-            self._stack = stack.pop_all()
+                self._submit(number, self.prompts[number // self.options.best_of])
+        except BaseException:
+            self._abort()
+            raise
         self._service.under_way += 1
         self._metrics.n.observe(self.options.n)
         return self
@@ -75,13 +75,13 @@ class Run:
         self._service.under_way -= 1
         for pump in self._pumps:
             pump.cancel()
-        await self._stack.aclose()
+        self._abort()
         for completion in self.completions:
             if completion.output.finish_reason is None:
                 failed = isinstance(error, Exception)
                 self._metrics.request_finished("error" if failed else "abort")
 
-    async def _submit(self, stack: AsyncExitStack, number: int, prompt: Prompt) -> None:
+    def _submit(self, number: int, prompt: Prompt) -> None:
         params = completion_params(self.options.params, number % self.options.best_of)
         stream = self._service.engine.submit(
             f"{self._request_id}-{number}",
@@ -90,8 +90,13 @@ class Run:
             cache_salt=self.options.cache_salt,
             priority=self.options.priority,
         )
-        self._streams.append(await stack.enter_async_context(stream))
+        self._streams.append(stream)
         self._add(number, prompt, params)
+
+    def _abort(self) -> None:
+        """Ends what still runs in the engine."""
+        for stream in self._streams:
+            stream.abort()
 
     def _add(self, number: int, prompt: Prompt, params: SamplingParams) -> None:
         """A completion that has begun."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jaxserve import chat_templates
+from jaxserve import chat_templates, demo
 from jaxserve.errors import ConfigError, InvalidRequestError
 from jaxserve.tokenizer import Tokenizer
+from jaxserve.vocab.render import render
 from tests.helpers.checkpoints import make_checkpoint
 
 VICUNA = (
@@ -94,6 +97,41 @@ def test_formats_of_two_roles_refuse_other_orders(
     tokenizer = Tokenizer(str(directory), chat_template=chat_templates.text_of(name))
     with pytest.raises(InvalidRequestError, match="must take turns"):
         tokenizer.chat(messages)
+
+
+def rendered(render: Callable[[], str]) -> str:
+    """A text, or the error in its place."""
+    try:
+        return render()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        *map(chat_templates.text_of, chat_templates.names()),
+        (demo.target_path() / "chat_template.jinja").read_text(),
+        "{{ messages }} {{ tools }} {{ documents }} {{ bos_token }} {{ namespace(a=1).a }}",
+        "{% set messages = messages[1:] %}{{ dict(a=messages) | tojson }} {{ x }}",
+        "{% for m in messages %}{{ m.name is defined }}{% if loop.first %}{% continue %}{% endif %}"
+        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
+        "{{ messages.append(1) }}",
+        "{{ messages[0].__class__ }}",
+        "{{ messages[9].content.x }}",
+        "{{ raise_exception('in turns') }}",
+        "{% if %}",
+    ],
+)
+def test_plain_messages_are_rendered_as_transformers_does(directory: Path, template: str) -> None:
+    hf = Tokenizer(str(directory), chat_template=template).hf
+    many = [SYSTEM, *TURNS, {"role": "user", "content": "{{ 1 }} <b>é"}]
+    called = [*TURNS, {"role": "assistant", "content": None, "tool_calls": []}]
+    named = [{**TURNS[0], "name": "Ann"}]
+    for messages in ([], TURNS[:1], TURNS, many, called, named):
+        for option in ({}, {"add_generation_prompt": True}, {"continue_final_message": True}):
+            want = partial(hf.apply_chat_template, messages, tokenize=False, **option)
+            assert rendered(partial(render, hf, messages, option)) == rendered(want)
 
 
 def test_a_template_is_given_as_text_or_by_name_or_as_a_file(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -67,3 +69,20 @@ def test_what_the_taker_raises_ends_the_request_for_its_reader_alone() -> None:
 
     asyncio.run(main())
     assert aborted == ["a"]
+
+
+def test_an_ended_stream_leaves_no_garbage() -> None:
+    """A taker knows its stream. Collections take long, for they look at all requests."""
+
+    async def main() -> weakref.ref[EngineStream]:
+        stream = EngineStream("a", lambda: None)
+        stream.divert(lambda event: stream is None)
+        async with stream:
+            stream.put(TokenEvent([1], finish_reason="length"))
+        return weakref.ref(stream)
+
+    gc.disable()
+    try:
+        assert asyncio.run(main())() is None
+    finally:
+        gc.enable()
