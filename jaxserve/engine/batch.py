@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -43,8 +43,16 @@ FLOAT_WORDS = (
 SETTINGS = (*FLOAT_WORDS, "top_k", "seed_high", "seed_low", "edited")
 """The words of a row's sampling settings."""
 
-Fields = dict[str, tuple[int, ...]]
-"""Names and shapes of the parts of a packed array, in order."""
+
+class Field(NamedTuple):
+    """A part of a packed array: its words, and their shape."""
+
+    words: slice
+    shape: tuple[int, ...]
+
+
+Fields = dict[str, Field]
+"""The parts of a packed array by name, one behind the other."""
 
 
 @dataclass(frozen=True)
@@ -122,11 +130,10 @@ class Layout:
     def sampling_fields(self) -> Fields:
         """The fields that the sampler reads; they depend on the number of lanes only."""
         lanes = self.bucket.lanes
-        return {
-            **dict.fromkeys(("sample_row", "output_index"), (lanes,)),
-            "settings": (len(SETTINGS), lanes),
-            "forbidden": (lanes, MAX_FORBIDDEN),
-        }
+        return _in_a_row(
+            dict.fromkeys(("sample_row", "output_index"), (lanes,)),
+            {"settings": (len(SETTINGS), lanes), "forbidden": (lanes, MAX_FORBIDDEN)},
+        )
 
     @functools.cached_property
     def fields(self) -> Fields:
@@ -134,40 +141,42 @@ class Layout:
         lanes, tokens = self.bucket.lanes, self.bucket.tokens
         items, tiles, plans = self.plan.decode_items, self.plan.tiles, len(self.distinct_windows)
         per_lane = ("row", "query_start", "query_len", "kv_len", "rope_length")
-        return {
-            **self.sampling_fields,
-            **dict.fromkeys(per_lane, (lanes,)),
-            **dict.fromkeys(("decode_first", "decode_count"), (plans, lanes)),
-            **dict.fromkeys(("decode_lane", "decode_start", "decode_end"), (plans, items)),
-            **dict.fromkeys(("tile_lane", "tile_start"), (tiles,)),
-            **dict.fromkeys(("token_ids", "token_lane"), (tokens,)),
-            "table_updates": (self.num_table_updates, 3),
-        }
+        return _in_a_row(
+            {name: field.shape for name, field in self.sampling_fields.items()},
+            dict.fromkeys(per_lane, (lanes,)),
+            dict.fromkeys(("decode_first", "decode_count"), (plans, lanes)),
+            dict.fromkeys(("decode_lane", "decode_start", "decode_end"), (plans, items)),
+            dict.fromkeys(("tile_lane", "tile_start"), (tiles,)),
+            dict.fromkeys(("token_ids", "token_lane"), (tokens,)),
+            {"table_updates": (self.num_table_updates, 3)},
+        )
 
-    @functools.cached_property
+    @property
     def size(self) -> int:
         """Words of the packed array."""
-        return _num_words(self.fields)
+        return self.fields["table_updates"].words.stop
 
-    @functools.cached_property
+    @property
     def sampling_size(self) -> int:
         """Words of its first part, the sampler's."""
-        return _num_words(self.sampling_fields)
+        return self.sampling_fields["forbidden"].words.stop
 
 
-def _num_words(fields: Fields) -> int:
-    return sum(math.prod(shape) for shape in fields.values())
+def _in_a_row(*groups: dict[str, tuple[int, ...]]) -> Fields:
+    """Fields of these shapes, one behind the other."""
+    fields, end = {}, 0
+    for name, shape in (item for group in groups for item in group.items()):
+        start, end = end, end + math.prod(shape)
+        fields[name] = Field(slice(start, end), shape)
+    return fields
 
 
 def split_fields(packed: Any, fields: Fields) -> dict[str, Any]:
     """The fields of a packed array, numpy (as views) or JAX."""
-    parts, offset = {}, 0
-    for name, shape in fields.items():
-        end = offset + math.prod(shape)
-        part = packed[offset:end]
-        parts[name] = part if len(shape) == 1 else part.reshape(shape)
-        offset = end
-    return parts
+    return {
+        name: packed[words] if len(shape) == 1 else packed[words].reshape(shape)
+        for name, (words, shape) in fields.items()
+    }
 
 
 class Packer:

@@ -70,6 +70,8 @@ class Runner:
         self._rows = config.max_num_seqs
         self._vocab_size = model.vocab_size
         self._params: Params | None = None
+        self._paths = tuple(weights)
+        self._weights: tuple[jax.Array, ...] = ()
         self._tables = len(model.page_groups.windows)
         group = max(s.attention.num_heads // s.attention.num_kv_heads for s in model.layers)
         split, windows = jax.default_backend() != "cpu", model.page_groups.windows
@@ -107,6 +109,7 @@ class Runner:
     def set_params(self, params: Params) -> None:
         """Gives it the weights; needed before the first step, but not for compiling."""
         self._params = params
+        self._weights = tuple(params[path] for path in self._paths)
 
     def allocate(self) -> None:
         """Makes the device state, zeroed: 0 times an uninitialised NaN would spoil masked scores.
@@ -185,7 +188,7 @@ class Runner:
             table_of_edits = self.programs.get(("write_edits",))(sampler.edits, words)
             sampler = replace(sampler, edits=table_of_edits)
         state = StepState(state.cache, table, sampler)
-        state, tokens, logits, words, *hidden = forward(self._params, state, packed)
+        state, tokens, logits, words, *hidden = forward(self._weights, state, packed)
         if variant in SAMPLERS:
             sampler, sampled = choose(logits, state.sampler, words)
             state = replace(state, sampler=sampler)
@@ -225,7 +228,7 @@ class Runner:
         """Frees the cache and the programs; the weights, if nobody else holds them."""
         self.programs.close()
         self._free_state()
-        self._params = None
+        self._params, self._weights = None, ()
 
     def _free_state(self) -> None:
         """Deletes the arrays, whoever else may hold them: a failed step's traceback does."""

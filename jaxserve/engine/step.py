@@ -72,6 +72,9 @@ def chooser(lanes: int, variant: Variant) -> Hashable:
 class StepPrograms:
     """Lowers the programs of one model on one mesh; holds shapes only, no arrays.
 
+    ``forward`` takes the weights as a tuple, in the order of ``params``: to sort their names would
+    take a tenth of its launch.
+
     Args:
         model: as split by ``for_tensor_parallel``.
         params: shapes and shardings of its weights.
@@ -168,7 +171,8 @@ class StepPrograms:
                 check_vma=False,
             )
 
-        def forward(params, state, packed):
+        def forward(weights, state, packed):
+            params = dict(zip(self._params, weights, strict=True))
             last_token, words = state.sampler.last_token, packed[: layout.sampling_size]
             inputs, table = batch.unpack_inputs(layout, packed, state.page_table, last_token)
             cache, logits, *states = run(params, state.cache, inputs)
@@ -179,7 +183,7 @@ class StepPrograms:
         whole = NamedSharding(self._mesh, WHOLE)
         outputs = (_shardings(self.state), whole, self._logits(bucket).sharding, whole)
         shardings = (*outputs, *(whole for _ in more))
-        avals = self._params, self.state, self._int32(layout.size)
+        avals = tuple(self._params.values()), self.state, self._int32(layout.size)
         key = ("forward_with_hidden" if hidden else "forward", bucket)
         return self._lowered.lower(key, forward, *avals, donate_argnums=1, out_shardings=shardings)
 

@@ -148,18 +148,15 @@ def plan_tiles(
     query_len: np.ndarray, kv_len: np.ndarray, sizes: PlanSizes
 ) -> dict[str, np.ndarray]:
     """The ``tile_*`` arrays of a step; see ``plan_decode``."""
-    if sizes.tiles:
-        tile_counts = -(-query_len // sizes.tile_tokens) * (query_len > 1)
-        lane, _, start = _cut(tile_counts, sizes.tile_tokens)
-        # Those that see the most keys come first, so that none of them is left over at the end.
-        longest = np.argsort((query_len - kv_len)[lane] - start, kind="stable")
-        lane, start = lane[longest], start[longest]
-    else:
-        lane = start = np.zeros(0, np.int32)
-    unused_tile = np.iinfo(np.int32).max // 2  # behind every lane's queries
+    if not sizes.tiles:
+        return {"tile_lane": NOTHING, "tile_start": NOTHING}
+    tile_counts = -(-query_len // sizes.tile_tokens) * (query_len > 1)
+    lane, _, start = _cut(tile_counts, sizes.tile_tokens)
+    # Those that see the most keys come first, so that none of them is left over at the end.
+    longest = np.argsort((query_len - kv_len)[lane] - start, kind="stable")
     return {
-        "tile_lane": _padded(lane, sizes.tiles),
-        "tile_start": _padded(start, sizes.tiles, unused_tile),
+        "tile_lane": _padded(lane[longest], sizes.tiles),
+        "tile_start": _padded(start[longest], sizes.tiles, UNUSED_TILE),
     }
 
 
@@ -171,6 +168,9 @@ def _cut(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     return lane, first, (np.arange(len(lane)) - first[lane]) * size
 
 
+NOTHING = np.zeros(0, np.int32)
+UNUSED_TILE = np.iinfo(np.int32).max // 2
+"""Where a tile starts that stands behind every lane's queries."""
 MERGE = 64
 """Keys that an item could read while the results of a lane's items are added up."""
 BUSY = 0.75
@@ -179,14 +179,15 @@ BUSY = 0.75
 
 def _chunk(keys: np.ndarray, sizes: PlanSizes) -> int:
     """Keys per item: of a few candidates, the one that is expected to be done first."""
-    unit, places = sizes.min_chunk, sizes.places
-    finest = _smallest_chunk(keys, sizes.decode_items, unit)
+    places, unit = sizes.places, sizes.min_chunk
+    units = -(-keys // unit)
+    finest = _smallest_chunk(units, sizes.decode_items) * unit
     lanes = int(np.count_nonzero(keys))
     if places is None or not lanes:
         return finest
     candidates = {int(keys.max()), finest}
     if lanes < places < sizes.decode_items:
-        candidates.add(_smallest_chunk(keys, places, unit))
+        candidates.add(_smallest_chunk(units, places) * unit)
     total = int(keys.sum())
 
     def duration(chunk: int) -> float:
@@ -199,13 +200,12 @@ def _chunk(keys: np.ndarray, sizes: PlanSizes) -> int:
     return min(sorted(candidates, reverse=True), key=duration)
 
 
-def _smallest_chunk(keys: np.ndarray, items: int, unit: int) -> int:
-    """The smallest multiple of ``unit`` keys per item for which ``items`` items suffice."""
-    units = -(-keys // unit)
+def _smallest_chunk(units: np.ndarray, items: int) -> int:
+    """The fewest units per item for which ``items`` items suffice."""
     total, longest = int(units.sum()), int(units.max(initial=1))
     # Each lane's items are its units / middle, rounded up: at least the quotient, and less than one
     # more. So the sum bounds the search from both sides.
-    spare = items - len(keys)
+    spare = items - len(units)
     low = max(1, -(-total // items))
     high = max(low, min(longest, -(-total // spare))) if spare > 0 else max(low, longest)
     while low < high:
@@ -214,10 +214,10 @@ def _smallest_chunk(keys: np.ndarray, items: int, unit: int) -> int:
             low = middle + 1
         else:
             high = middle
-    return low * unit
+    return low
 
 
 def _padded(values: np.ndarray, size: int, fill: int = 0) -> np.ndarray:
-    out = np.full(size, fill, np.int32)
+    out = np.full(size, fill, np.int32) if fill else np.zeros(size, np.int32)
     out[: len(values)] = values
     return out
