@@ -111,7 +111,7 @@ class Layout:
         sizes = plan_sizes(bucket.lanes, bucket.tokens, group, split, places)
         return cls(bucket, page_size, rows, windows, sizes)
 
-    @property
+    @functools.cached_property
     def tables(self) -> int:
         """Page tables of the model."""
         return len(self.windows)
@@ -121,7 +121,7 @@ class Layout:
         """The windows that the step has a plan of decode items for."""
         return tuple(dict.fromkeys(self.windows))
 
-    @property
+    @functools.cached_property
     def num_table_updates(self) -> int:
         """Page-table cells that one step can write."""
         return self.tables * (self.bucket.lanes + self.bucket.tokens // self.page_size)
