@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import os
 import tempfile
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import jax.export
 from jax.sharding import Mesh
 
 import pallas_kernels
+from jaxserve.log import logger
 
 ROOTS = Path(__file__).parents[1], Path(pallas_kernels.__path__[0])
 FOLDER = "lowered"
@@ -37,8 +37,6 @@ SETTINGS = (
     *("jax_threefry_partitionable", "jax_numpy_dtype_promotion", "jax_debug_nans"),
 )
 CHECKSUM_BYTES = 32
-
-logger = logging.getLogger(__name__)
 
 
 def register(*kinds: type) -> None:
@@ -72,7 +70,7 @@ class LoweredPrograms:
             self._facts = repr((versions, where, settings, facts))
 
     def lower(
-        self, key: tuple[Hashable, ...], function: Callable, *avals: Any, **options: Any
+        self, key: tuple[Any, ...], function: Callable, *avals: Any, **options: Any
     ) -> jax.stages.Lowered:
         """The lowered ``jax.jit(function, **options)`` for arguments of these shapes, dtypes and
         shardings; ``key``, which begins with a name, tells the functions of a model apart."""
@@ -90,10 +88,15 @@ class LoweredPrograms:
             except (ImportError, OSError, ValueError, NotImplementedError) as reason:
                 logger.warning("%s can't be kept lowered: %s", key, reason)
                 return plain()
-        # Also the first time, so that the compiled program is found the next time.
-        return jax.jit(exported.call, **options).lower(*avals)
 
-    def _name(self, key: tuple[Hashable, ...], avals: Any, options: dict[str, Any]) -> str:
+        def call(*args: Any) -> Any:
+            return exported.call(*args)
+
+        call.__name__ = key[0]  # what profiles and the compile cache show
+        # Also the first time, so that the compiled program is found the next time.
+        return jax.jit(call, **options).lower(*avals)
+
+    def _name(self, key: tuple[Any, ...], avals: Any, options: dict[str, Any]) -> str:
         leaves, tree = jax.tree.flatten(avals)
         shapes = [(leaf.shape, leaf.dtype, leaf.sharding.spec) for leaf in leaves]
         told = repr((self._facts, key, str(tree), shapes, options))
@@ -132,5 +135,10 @@ def _write(path: Path, exported: jax.export.Exported) -> None:
     data = exported.serialize()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        file.write(hashlib.sha256(data).digest() + data)
-    os.replace(file.name, path)
+        try:
+            file.write(hashlib.sha256(data).digest() + data)
+            file.close()
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
