@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 import types
+from typing import Any
 
 import jax
 
@@ -18,7 +19,7 @@ if importlib.util.find_spec(TRITON_DIALECT) is None:
 
 def can_lower_triton() -> bool:
     """Whether a Triton kernel can be part of it: on an NVIDIA GPU, or on an abstract one."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = _abstract_device()
     if device is not None:
         return device.platform in ("cuda", "gpu")
     return jax.default_backend() == "gpu"
@@ -27,10 +28,10 @@ def can_lower_triton() -> bool:
 def multiprocessors() -> int | None:
     """Multiprocessors of the NVIDIA GPU, real or abstract, that code is traced for; None if it is
     for something else."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None:
-        return device.num_cores if device.platform in ("cuda", "gpu") else None
-    return jax.local_devices()[0].core_count if jax.default_backend() == "gpu" else None
+    if not can_lower_triton():
+        return None
+    device = _abstract_device()
+    return device.num_cores if device is not None else jax.local_devices()[0].core_count
 
 
 def hopper_cores() -> int:
@@ -39,21 +40,25 @@ def hopper_cores() -> int:
     Raises:
         NotImplementedError: it is traced for something else.
     """
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    if device is not None:
-        hopper = any(name in device.device_kind for name in ("H100", "H200"))
-        if device.platform in ("cuda", "gpu") and hopper:
-            return device.num_cores
-    elif jax.default_backend() == "gpu":
-        device = jax.local_devices()[0]
-        if device.compute_capability == "9.0":
-            return device.core_count
+    cores, device = multiprocessors(), _abstract_device()
+    if cores is not None:
+        if device is not None:
+            hopper = any(name in device.device_kind for name in ("H100", "H200"))
+        else:
+            hopper = jax.local_devices()[0].compute_capability == "9.0"
+        if hopper:
+            return cores
     raise NotImplementedError("the Mosaic GPU kernels need a Hopper GPU")
 
 
 def can_lower_mosaic_tpu() -> bool:
     """Whether a Mosaic kernel for TPUs can be part of it: on a TPU, or on an abstract one."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = _abstract_device()
     if device is not None:
         return device.platform == "tpu"
     return jax.default_backend() == "tpu"
+
+
+def _abstract_device() -> Any:
+    """The device that isn't there, if code is traced for one; None for a real one."""
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

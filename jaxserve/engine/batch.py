@@ -137,7 +137,7 @@ class Layout:
 
     @functools.cached_property
     def fields(self) -> Fields:
-        """Every field's shape, in order; the sampler's come first."""
+        """Every field, in order; the sampler's come first."""
         lanes, tokens = self.bucket.lanes, self.bucket.tokens
         items, tiles, plans = self.plan.decode_items, self.plan.tiles, len(self.distinct_windows)
         per_lane = ("row", "query_start", "query_len", "kv_len", "rope_length")

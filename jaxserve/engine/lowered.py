@@ -74,20 +74,19 @@ class LoweredPrograms:
     ) -> jax.stages.Lowered:
         """The lowered ``jax.jit(function, **options)`` for arguments of these shapes, dtypes and
         shardings; ``key``, which begins with a name, tells the functions of a model apart."""
-        plain = functools.partial(jax.jit(function, **options).lower, *avals)
+        jitted = jax.jit(function, **options)
         if self._folder is None:
-            return plain()
+            return jitted.lower(*avals)
         path = self._folder / self._name(key, avals, options)
         exported = _read(path)
         if exported is None:
             checks = [jax.export.DisabledSafetyCheck.custom_call(name) for name in KERNEL_CALLS]
             try:
-                export = jax.export.export(jax.jit(function, **options), disabled_checks=checks)
-                exported = export(*avals)
+                exported = jax.export.export(jitted, disabled_checks=checks)(*avals)
                 _write(path, exported)
             except (ImportError, OSError, ValueError, NotImplementedError) as reason:
                 logger.warning("%s can't be kept lowered: %s", key, reason)
-                return plain()
+                return jitted.lower(*avals)
 
         def call(*args: Any) -> Any:
             return exported.call(*args)

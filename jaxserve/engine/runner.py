@@ -72,7 +72,6 @@ class Runner:
         self._params: Params | None = None
         self._paths = tuple(weights)
         self._weights: tuple[jax.Array, ...] = ()
-        self._tables = len(model.page_groups.windows)
         group = max(s.attention.num_heads // s.attention.num_kv_heads for s in model.layers)
         split, windows = jax.default_backend() != "cpu", model.page_groups.windows
         places = _decode_places(model, mesh.size)
@@ -133,7 +132,7 @@ class Runner:
         while len(updates) > layout.num_table_updates:
             early.append(
                 batch.padded_updates(
-                    updates[: step.TABLE_PIECE], step.TABLE_PIECE, self._tables * self._rows
+                    updates[: step.TABLE_PIECE], step.TABLE_PIECE, layout.tables * layout.rows
                 )
             )
             updates = updates[step.TABLE_PIECE :]

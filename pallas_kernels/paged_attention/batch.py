@@ -19,6 +19,14 @@ import numpy as np
 from pallas_kernels.arithmetic import power_of_two
 from pallas_kernels.lowering import multiprocessors
 
+NOTHING = np.zeros(0, np.int32)
+UNUSED_TILE = np.iinfo(np.int32).max // 2
+"""Where a tile starts that stands behind every lane's queries."""
+MERGE = 64
+"""Keys that an item could read while the results of a lane's items are added up."""
+BUSY = 0.75
+"""Share of the places that suffices for the memory's bandwidth."""
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -166,15 +174,6 @@ def _cut(counts: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndar
     first = counts.cumsum() - counts
     lane = np.arange(len(counts)).repeat(counts)
     return lane, first, (np.arange(len(lane)) - first[lane]) * size
-
-
-NOTHING = np.zeros(0, np.int32)
-UNUSED_TILE = np.iinfo(np.int32).max // 2
-"""Where a tile starts that stands behind every lane's queries."""
-MERGE = 64
-"""Keys that an item could read while the results of a lane's items are added up."""
-BUSY = 0.75
-"""Share of the places that suffices for the memory's bandwidth."""
 
 
 def _chunk(keys: np.ndarray, sizes: PlanSizes) -> int:

@@ -113,95 +113,97 @@ def decode(
     return out
 
 
-def _kernel(
-    items_ref, arrivals_ref, table_ref, k_ref, v_ref, q_ref, variant_refs,
+def _kernel(items_ref, *refs, **static):
+    head, item = pl.program_id(0), pl.program_id(1)
+    facts = tuple(items_ref[item, i] for i in range(8))
+    start, end = facts[1:3]
+    # Most programs of a short step have no item: they are to end at once.
+    pl.when(end > start)(functools.partial(_attend, head, item, facts, *refs, **static))
+
+
+def _attend(
+    head, item, facts, arrivals_ref, table_ref, k_ref, v_ref, q_ref, variant_refs,
     out_ref, values_ref, top_ref, total_ref,
     *, tile, rows, width, scale, window, group, parallel,
 ):  # fmt: skip
-    head, item = pl.program_id(0), pl.program_id(1)
-    lane, start, end, first_item, count, token, kv_len, row = (items_ref[item, i] for i in range(8))
+    lane, start, end, first_item, count, token, kv_len, row = facts
+    size, page_size = q_ref.shape[2], k_ref.shape[2]
+    member = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, width))
+    column = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
+    exists = (member < group) & (column < size)
+    index = (jnp.full((rows, width), token), head * group + member, column)
+    q = plt.load(q_ref.at[index], mask=exists, other=0)
+    one = jnp.arange(rows)
+    own = one < group
+    variant = RowVariant.load(variant_refs, jnp.where(own, head * group + one, 0), own)
+    first = start if window is None else jnp.maximum(start, kv_len - window)
+    tiles = jnp.where(end > first, lax.div(end - first + tile - 1, tile), 0)
 
-    @pl.when(end > start)
+    def step(i, carry):
+        position = first + i * tile + jnp.arange(tile)
+        seen = position < end
+        page = plt.load(
+            table_ref.at[jnp.full((tile,), row), lax.div(position, page_size)],
+            mask=seen,
+            other=0,
+        )
+        slot = lax.rem(position, page_size)
+        k = gather_keys(k_ref, page, head, slot, seen)
+        v = gather_keys(v_ref, page, head, slot, seen)
+        distance = (kv_len - 1 - position)[None, :]
+        return online_softmax(carry, q, k, v, seen[None, :], scale, variant, distance)
+
+    # Of a lane's items, the first one has the sink.
+    carry = first_carry(rows, width, variant, item == first_item)
+    values, top, total = lax.fori_loop(0, tiles, step, carry)
+
+    @pl.when(count == 1)
     def _():
-        size, page_size = q_ref.shape[2], k_ref.shape[2]
-        member = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, width))
-        column = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
-        exists = (member < group) & (column < size)
-        index = (jnp.full((rows, width), token), head * group + member, column)
-        q = plt.load(q_ref.at[index], mask=exists, other=0)
-        one = jnp.arange(rows)
-        own = one < group
-        variant = RowVariant.load(variant_refs, jnp.where(own, head * group + one, 0), own)
-        first = start if window is None else jnp.maximum(start, kv_len - window)
-        tiles = jnp.where(end > first, lax.div(end - first + tile - 1, tile), 0)
+        plt.store(out_ref.at[index], (values / total[:, None]).astype(out_ref.dtype), mask=exists)
 
-        def step(i, carry):
-            position = first + i * tile + jnp.arange(tile)
-            seen = position < end
-            page = plt.load(
-                table_ref.at[jnp.full((tile,), row), lax.div(position, page_size)],
-                mask=seen,
-                other=0,
-            )
-            slot = lax.rem(position, page_size)
-            k = gather_keys(k_ref, page, head, slot, seen)
-            v = gather_keys(v_ref, page, head, slot, seen)
-            distance = (kv_len - 1 - position)[None, :]
-            return online_softmax(carry, q, k, v, seen[None, :], scale, variant, distance)
+    def place(item):
+        """Where an item's values, and its maxima and sums, are left."""
+        wide = (jnp.full((rows, width), item), jnp.full((rows, width), head), member, column)
+        return wide, (jnp.full((rows,), item), jnp.full((rows,), head), one)
 
-        # Of a lane's items, the first one has the sink.
-        carry = first_carry(rows, width, variant, item == first_item)
-        values, top, total = lax.fori_loop(0, tiles, step, carry)
-
-        @pl.when(count == 1)
-        def _():
-            plt.store(
-                out_ref.at[index], (values / total[:, None]).astype(out_ref.dtype), mask=exists
-            )
-
-        def place(item):
-            """Where an item's values, and its maxima and sums, are left."""
-            wide = (jnp.full((rows, width), item), jnp.full((rows, width), head), member, column)
-            return wide, (jnp.full((rows,), item), jnp.full((rows,), head), one)
-
-        def merge(i, carry):
-            values, top, total = carry
-            parts = []
-            for offset in range(MERGED_AT_ONCE):
-                number = i * MERGED_AT_ONCE + offset
-                there = number < count
-                wide, narrow = place(first_item + number)
-                parts.append(
-                    (
-                        plt.load(values_ref.at[wide], mask=exists & there, other=0),
-                        plt.load(top_ref.at[narrow], mask=own & there, other=MASKED),
-                        plt.load(total_ref.at[narrow], mask=own & there, other=0),
-                    )
+    def merge(i, carry):
+        values, top, total = carry
+        parts = []
+        for offset in range(MERGED_AT_ONCE):
+            number = i * MERGED_AT_ONCE + offset
+            there = number < count
+            wide, narrow = place(first_item + number)
+            parts.append(
+                (
+                    plt.load(values_ref.at[wide], mask=exists & there, other=0),
+                    plt.load(top_ref.at[narrow], mask=own & there, other=MASKED),
+                    plt.load(total_ref.at[narrow], mask=own & there, other=0),
                 )
-            for part, part_top, part_total in parts:
-                new_top = jnp.maximum(top, part_top)
-                old, new = jnp.exp2(top - new_top), jnp.exp2(part_top - new_top)
-                values = values * old[:, None] + part * new[:, None]
-                top, total = new_top, total * old + part_total * new
-            return values, top, total
+            )
+        for part, part_top, part_total in parts:
+            new_top = jnp.maximum(top, part_top)
+            old, new = jnp.exp2(top - new_top), jnp.exp2(part_top - new_top)
+            values = values * old[:, None] + part * new[:, None]
+            top, total = new_top, total * old + part_total * new
+        return values, top, total
 
-        @pl.when(count > 1)
+    @pl.when(count > 1)
+    def _():
+        wide, narrow = place(item)
+        plt.store(values_ref.at[wide], values, mask=exists)
+        plt.store(top_ref.at[narrow], top, mask=own)
+        plt.store(total_ref.at[narrow], total, mask=own)
+        if parallel:  # every thread's results are stored before one thread says so
+            plt.debug_barrier()
+        before = plt.atomic_add(arrivals_ref, (lane, head), jnp.ones((), jnp.int32))
+
+        @pl.when(before == count - 1)
         def _():
-            wide, narrow = place(item)
-            plt.store(values_ref.at[wide], values, mask=exists)
-            plt.store(top_ref.at[narrow], top, mask=own)
-            plt.store(total_ref.at[narrow], total, mask=own)
-            if parallel:  # every thread's results are stored before one thread says so
-                plt.debug_barrier()
-            before = plt.atomic_add(arrivals_ref, (lane, head), jnp.ones((), jnp.int32))
-
-            @pl.when(before == count - 1)
-            def _():
-                steps = lax.div(count + MERGED_AT_ONCE - 1, MERGED_AT_ONCE)
-                values, _, total = lax.fori_loop(0, steps, merge, empty_carry(rows, width))
-                merged = (values / total[:, None]).astype(out_ref.dtype)
-                plt.store(out_ref.at[index], merged, mask=exists)
-                arrivals_ref[lane, head] = 0
+            steps = lax.div(count + MERGED_AT_ONCE - 1, MERGED_AT_ONCE)
+            values, _, total = lax.fori_loop(0, steps, merge, empty_carry(rows, width))
+            merged = (values / total[:, None]).astype(out_ref.dtype)
+            plt.store(out_ref.at[index], merged, mask=exists)
+            arrivals_ref[lane, head] = 0
 
 
 # --- configurations -------------------------------------------------------------------------------
