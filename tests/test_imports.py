@@ -39,7 +39,10 @@ DOOR = tuple(
     f"jaxserve.engine.{name}"
     for name in ("batch", "lowered", "memory", "programs", "prompt_reads", "runner", "step")
 )
-BEHIND_THE_DOOR = (*DOOR, *BRAIN, *BODY, *MODEL, "jaxserve.sampling", "jaxserve.config", "psutil")
+BEHIND_THE_DOOR = (
+    *(*DOOR, *BRAIN, *BODY, *MODEL),
+    *("jaxserve.sampling", "jaxserve.config", "jaxserve.files", "psutil"),
+)
 ANYTHING = ("*",)
 FRONT_END = (
     *(*ARGUMENTS, "jaxserve", "jaxserve.config", "jaxserve.tokenizer", "jaxserve.outputs"),
@@ -55,6 +58,7 @@ MAY_IMPORT: dict[str, tuple[str, ...]] = {
     ),
     "jaxserve.errors": (),
     "jaxserve.log": (),
+    "jaxserve.files": (),
     "jaxserve.sampling.checks": ("jaxserve.errors",),
     "jaxserve.sampling.params": ("jaxserve.errors", "jaxserve.sampling.checks"),
     "jaxserve.engine.request": ("jaxserve.errors", "jaxserve.sampling.params"),

@@ -9,7 +9,6 @@ import json
 import os
 import platform
 import tarfile
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from jaxserve.errors import JaxserveError
+from jaxserve.files import written_whole
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -127,16 +127,10 @@ def pack(archive: Path, directory: Path, found: Sequence[Entry], versions: dict[
         with contextlib.suppress(FileNotFoundError):
             contents[entry.name] = hashlib.sha256((directory / entry.name).read_bytes()).hexdigest()
     manifest = {"format": FORMAT, "machine": versions, "sha256": contents}
-    with tempfile.NamedTemporaryFile(dir=archive.parent, delete=False) as file:
-        try:
-            with tarfile.open(fileobj=file, mode="w") as tar:
-                _add(tar, MANIFEST, json.dumps(manifest, indent=2).encode())
-                for name in contents:
-                    _add(tar, name, (directory / name).read_bytes())
-        except BaseException:
-            os.unlink(file.name)
-            raise
-    os.replace(file.name, archive)
+    with written_whole(archive) as file, tarfile.open(fileobj=file, mode="w") as tar:
+        _add(tar, MANIFEST, json.dumps(manifest, indent=2).encode())
+        for name in contents:
+            _add(tar, name, (directory / name).read_bytes())
 
 
 def _add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
@@ -225,7 +219,6 @@ def _extract(
     if hashlib.sha256(content).hexdigest() != manifest["sha256"][member.name]:
         raise ArchiveError(f"{member.name!r} isn't what the manifest says; the archive is damaged.")
     target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.NamedTemporaryFile(dir=target.parent, prefix=".", delete=False) as new:
+    with written_whole(target) as new:
         new.write(content)
-    os.replace(new.name, target)
     return True

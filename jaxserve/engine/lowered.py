@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -23,6 +22,7 @@ import jax.export
 from jax.sharding import Mesh
 
 import pallas_kernels
+from jaxserve.files import written_whole
 from jaxserve.log import logger
 
 ROOTS = Path(__file__).parents[1], Path(pallas_kernels.__path__[0])
@@ -130,14 +130,7 @@ def _read(path: Path) -> jax.export.Exported | None:
 
 
 def _write(path: Path, exported: jax.export.Exported) -> None:
-    """Nobody sees a file that isn't whole."""
     data = exported.serialize()
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-        try:
-            file.write(hashlib.sha256(data).digest() + data)
-            file.close()
-            os.replace(file.name, path)
-        except OSError:
-            os.unlink(file.name)
-            raise
+    with written_whole(path) as file:
+        file.write(hashlib.sha256(data).digest() + data)

@@ -147,7 +147,8 @@ def tune_case(
     """Tries an implementation's configurations on a case, for so many seconds.
 
     All are compiled in threads; what compiled is timed one by one; the fastest that passes the
-    gates wins.
+    gates wins. Where the implementation runs only if the table has an entry for the case, it
+    competes with what runs otherwise.
 
     Returns:
         The case's key in the table, and a row per configuration: first the winner if there is one,
@@ -162,6 +163,10 @@ def tune_case(
     compiled = [pool.submit(program.compile) for program in programs]
     wait(compiled, timeout=max(0.0, 0.7 * seconds))
     pool.shutdown(cancel_futures=True)
+    if _lacks_entry(compiled[0]):
+        for one, program, future in _rival(op, candidate, inputs, calls, setting.interpret):
+            tries, programs = [*tries, one], [*programs, program]
+            compiled.append(future)
     timed, failed = [], []
     for one, program, future in zip(tries, programs, compiled):
         problem = _problem(future, end)
@@ -180,6 +185,29 @@ def tune_case(
     return candidate.tuning_key(inputs.arguments), rows + failed
 
 
+def _lacks_entry(default: Future[None]) -> bool:
+    """Whether the implementation can't run without a configuration."""
+    return not default.cancelled() and isinstance(default.exception(), NotImplementedError)
+
+
+def _rival(
+    op: Op, candidate: Candidate, inputs: Inputs, calls: int, interpret: bool
+) -> list[tuple[Candidate, InGraph, Future[None]]]:
+    """What runs in an implementation's place, compiled; nothing if nobody knows."""
+    names = list(op.implementations)
+    place = names.index(candidate.name) + 1 if candidate.name in names else len(names)
+    for name in names[place:]:
+        one, future = Candidate(name, op.implementations[name]), Future[None]()
+        program = InGraph(one, inputs, calls, interpret)
+        try:
+            program.compile()
+        except NotImplementedError:
+            continue
+        future.set_result(None)
+        return [(one, program, future)]
+    return []
+
+
 def _problem(future: Future[None], end: float) -> gates.Verdict | None:
     """Why a configuration is not timed; None if it can be."""
     if future.cancelled() or time.monotonic() > end:
@@ -193,8 +221,8 @@ def _problem(future: Future[None], end: float) -> gates.Verdict | None:
 
 
 def save_winner(folder: Path, key: str, rows: Sequence[Row]) -> Path | None:
-    """Enters the winner of ``tune_case`` into its device's table; None if the default won, or
-    nothing did."""
+    """Enters the winner of ``tune_case`` into its device's table; None if the default or another
+    implementation won, or nothing did."""
     winner = rows[0] if rows and rows[0]["status"] == "passed" else None
     if winner is None or winner["config"] is None:
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.lab.__main__ import main
-from pallas_kernels.lab.measure import judge
+from pallas_kernels.lab.measure import Setting, judge, save_winner, tune_case
 from pallas_kernels.lab.ops import Candidate, find_candidate, find_op
 from pallas_kernels.lab.report import rates, table
 from pallas_kernels.lab.timing import Ceilings, InGraph, Inputs, Times, count_kernels
+from tests.helpers import toy_linear
 
 TOY = "tests.helpers.toy_linear:linear"
 SLOW = Ceilings(copy=1e9, read=1e9, matmul=1e12)
@@ -146,6 +148,31 @@ def test_tune_enters_the_fastest_right_configuration(
     assert (found["wrong"]["status"], found["wrong"]["gate"]) == ("failed", "values")
     assert found["compile"]["message"] == "RuntimeError: this tile is too large"
     assert found["unsupported"]["status"] == "unsupported"
+
+
+@pytest.mark.parametrize("otherwise_us", [4, 16])
+def test_what_runs_only_by_an_entry_gets_none_where_others_are_faster(
+    otherwise_us: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counted(CountedInGraph):
+        def sample(self) -> float:
+            return 1e-6 * (otherwise_us if self._repeats == 64 else self._repeats)
+
+    monkeypatch.setattr("pallas_kernels.lab.measure.InGraph", Counted)
+    op = find_op("fused_linear")
+    mine = {"only_tuned": toy_linear.only_tuned, "reference": op.reference}
+    op = dataclasses.replace(op, implementations=mine)
+    (case,) = op.find_cases(False, "plain")
+    setting = Setting(SLOW, seed=1, repeats=3, interpret=True)
+    key, tried = tune_case(op, find_candidate(op, "only_tuned"), case, setting, 60)
+    assert {row["implementation"] for row in tried} == set(mine)
+    path = save_winner(tmp_path, key, tried)
+    if otherwise_us < 8:
+        assert tried[0]["implementation"] == "reference" and path is None
+    else:
+        assert path is not None
+        (entry,) = json.loads(path.read_text())["fused_linear"]["only_tuned"].values()
+        assert entry["default_microseconds"] == pytest.approx(otherwise_us)
 
 
 def test_compare_tells_a_difference_from_noise() -> None:
