@@ -163,10 +163,6 @@ def tune_case(
     compiled = [pool.submit(program.compile) for program in programs]
     wait(compiled, timeout=max(0.0, 0.7 * seconds))
     pool.shutdown(cancel_futures=True)
-    if _lacks_entry(compiled[0]):
-        for one, program, future in _rival(op, candidate, inputs, calls, setting.interpret):
-            tries, programs = [*tries, one], [*programs, program]
-            compiled.append(future)
     timed, failed = [], []
     for one, program, future in zip(tries, programs, compiled):
         problem = _problem(future, end)
@@ -174,6 +170,10 @@ def tune_case(
             timed.append((program.measure(setting.repeats), one))
         else:
             failed.append(report.row("tune", op, one, case, setting.seed, problem))
+    rival = _rival(op, candidate, inputs, calls, setting) if _lacks_entry(compiled[0]) else None
+    if rival is not None:
+        one, program = rival
+        timed.append((program.measure(setting.repeats), one))
     rows: list[Row] = []
     for times, one in sorted(timed, key=lambda pair: pair[0].median):
         verdict = gates.Verdict("skipped", message="slower than the winner, not checked")
@@ -191,21 +191,20 @@ def _lacks_entry(default: Future[None]) -> bool:
 
 
 def _rival(
-    op: Op, candidate: Candidate, inputs: Inputs, calls: int, interpret: bool
-) -> list[tuple[Candidate, InGraph, Future[None]]]:
-    """What runs in an implementation's place, compiled; nothing if nobody knows."""
+    op: Op, candidate: Candidate, inputs: Inputs, calls: int, setting: Setting
+) -> tuple[Candidate, InGraph] | None:
+    """What runs in an implementation's place, and its program, compiled; None if nobody knows."""
     names = list(op.implementations)
     place = names.index(candidate.name) + 1 if candidate.name in names else len(names)
     for name in names[place:]:
-        one, future = Candidate(name, op.implementations[name]), Future[None]()
-        program = InGraph(one, inputs, calls, interpret)
+        one = Candidate(name, op.implementations[name])
+        program = InGraph(one, inputs, calls, setting.interpret)
         try:
             program.compile()
         except NotImplementedError:
             continue
-        future.set_result(None)
-        return [(one, program, future)]
-    return []
+        return one, program
+    return None
 
 
 def _problem(future: Future[None], end: float) -> gates.Verdict | None:
