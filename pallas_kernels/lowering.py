@@ -19,7 +19,7 @@ if importlib.util.find_spec(TRITON_DIALECT) is None:
 
 def can_lower_triton() -> bool:
     """Whether a Triton kernel can be part of it: on an NVIDIA GPU, or on an abstract one."""
-    device = _abstract_device()
+    device = abstract_device()
     if device is not None:
         return device.platform in ("cuda", "gpu")
     return jax.default_backend() == "gpu"
@@ -30,7 +30,7 @@ def multiprocessors() -> int | None:
     for something else."""
     if not can_lower_triton():
         return None
-    device = _abstract_device()
+    device = abstract_device()
     return device.num_cores if device is not None else jax.local_devices()[0].core_count
 
 
@@ -40,7 +40,7 @@ def hopper_cores() -> int:
     Raises:
         NotImplementedError: it is traced for something else.
     """
-    cores, device = multiprocessors(), _abstract_device()
+    cores, device = multiprocessors(), abstract_device()
     if cores is not None:
         if device is not None:
             hopper = any(name in device.device_kind for name in ("H100", "H200"))
@@ -53,12 +53,12 @@ def hopper_cores() -> int:
 
 def can_lower_mosaic_tpu() -> bool:
     """Whether a Mosaic kernel for TPUs can be part of it: on a TPU, or on an abstract one."""
-    device = _abstract_device()
+    device = abstract_device()
     if device is not None:
         return device.platform == "tpu"
     return jax.default_backend() == "tpu"
 
 
-def _abstract_device() -> Any:
+def abstract_device() -> Any:
     """The device that isn't there, if code is traced for one; None for a real one."""
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)

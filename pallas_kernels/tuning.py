@@ -15,12 +15,14 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.lowering import abstract_device
+
 FOLDER = Path(__file__).parent / "tuned"
 
 
 def device_kind() -> str:
     """The kind of device that the code now being traced is for, as JAX spells it."""
-    device = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    device = abstract_device()
     return device.device_kind if device is not None else jax.devices()[0].device_kind
 
 
