@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import psutil
+from jax._src.xla_bridge import backends_are_initialized  # public JAX doesn't tell
 from jax.sharding import Mesh
 
 from jaxserve.config import ResolvedConfig
@@ -35,13 +36,13 @@ FRACTIONS = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
 """Variables that give JAX's allocator a share of the device memory, read when JAX first touches
 the GPU; the second is the older name, and both at once are an error."""
 
+DEFAULT_FRACTION = 0.75
+"""The share that JAX's allocator takes if no variable gives it one."""
+
 
 def claim_memory(utilization: float) -> float:
     """Makes JAX's allocator take a share of the GPU's memory, if it isn't made yet and no variable
     gives it another; returns the share that it was given.
-
-    If JAX had started before without such a variable, it has less (three quarters); then the
-    share returned here is too large, and the cache is sized too small rather than too large.
 
     Raises:
         ConfigError: a variable holds no share.
@@ -56,6 +57,8 @@ def claim_memory(utilization: float) -> float:
             if not 0 < fraction <= 1:
                 raise ConfigError(f"{name}={text} must be above 0, at most 1.")
             return fraction
+    if backends_are_initialized():
+        return DEFAULT_FRACTION
     os.environ[FRACTIONS[0]] = str(utilization)
     return utilization
 
@@ -137,6 +140,9 @@ def plan_memory(
         # it gives back may lie between two weights, where steps can use it but none of the cache's
         # large arrays has room. And each of those is rounded.
         slack = max(shards) + UNSPLIT + ROUNDING * len(pages)
+        if _allocator_grows():
+            left = limit - in_use - weight_bytes - slack
+            slack += _lost_by_growing(left, len(pages), activations)
         cache_bytes = limit - in_use - weight_bytes - activations - slack
     else:
         in_use, limit = psutil.Process().memory_info().rss, psutil.virtual_memory().total
@@ -168,6 +174,23 @@ def _device_memory(
         if fullest[1] is None or limit - in_use < fullest[1] - fullest[0]:
             fullest = in_use, limit
     return fullest
+
+
+def _allocator_grows() -> bool:
+    """Whether JAX's allocator was told to take memory when it is needed only."""
+    return os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") in ("false", "False", "0")
+
+
+def _lost_by_growing(left: int, arrays: int, largest: int) -> int:
+    """The bytes that an allocator can lose that grows, while it hands out as many equal arrays as
+    large as possible, and then a largest one.
+
+    It grows by regions that double (the BFCAllocator's ``Extend``). Each holds at least twice as
+    many arrays as the one before, and less than one more would fit into it; the last region of the
+    weights may lose as much.
+    """
+    regions = arrays.bit_length() + 1
+    return regions * max(largest, left // (arrays + regions))
 
 
 def shard_bytes(aval: jax.ShapeDtypeStruct) -> int:

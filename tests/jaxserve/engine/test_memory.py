@@ -200,6 +200,58 @@ def test_the_caches_arrays_fit_into_what_the_allocator_has_left(
     assert free >= plan.activations
 
 
+class GrowingAllocator:
+    """XLA's BFCAllocator without preallocation: regions, each at least twice as large as the last
+    one, of which pieces are cut."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.next_region, self.free = limit, 2 * 2**20, []
+
+    def allocate(self, size: int) -> None:
+        size = -(-size // 256) * 256
+        fitting = [left for left in self.free if left >= size]
+        if fitting:
+            left = min(fitting)
+            self.free.remove(left)
+        else:
+            assert size <= self.limit, "out of memory"
+            doubled = False
+            while self.next_region < size:
+                self.next_region, doubled = 2 * self.next_region, True
+            left = min(self.next_region, self.limit)
+            self.limit -= left
+            self.next_region *= 1 if doubled else 2
+        if left - size >= UNSPLIT or left >= 2 * size:
+            self.free.append(left - size)
+
+
+@pytest.mark.parametrize("flag", ["false", "False", "0"])
+@given(SIZES)
+def test_the_caches_arrays_fit_into_an_allocator_that_grows(
+    flag: str, sizes: tuple[int, int, int, int, float, int]
+) -> None:
+    layers, kv_heads, head_size, limit, utilization, page_size = sizes
+    spec = AttentionSpec(kv_heads, kv_heads, head_size, 0.25)
+    model = dataclasses.replace(
+        MODEL, layers=(dataclasses.replace(LAYER, attention=spec),) * layers
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", flag)
+        on(patch, FakeDevice(limit))
+        plan = pages(1.0, model, gpu_memory_utilization=utilization, block_size=page_size)
+    if plan.num_pages == 1:  # nothing fits, and check_fits says so
+        return
+    assert plan.total <= plan.limit
+    allocator = GrowingAllocator(plan.limit)
+    for weight in sorted(decoder.declare(model)):
+        allocator.allocate(num_bytes({weight: decoder.declare(model)[weight]}, jnp.bfloat16))
+    dtype = jnp.dtype("bfloat16")
+    arrays = kv_cache.shapes(model, plan.num_pages, page_size, dtype, make_mesh(1))
+    for array in jax.tree.leaves(arrays):
+        allocator.allocate(math.prod(array.shape) * 2)
+    allocator.allocate(plan.activations)
+
+
 # --- the share that JAX's allocator gets ----------------------------------------------------------
 
 
@@ -210,10 +262,20 @@ def no_shares(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("no_shares")
-def test_the_first_engine_tells_jax_and_the_next_one_learns_it() -> None:
+def test_the_first_engine_tells_jax_and_the_next_one_learns_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory, "backends_are_initialized", lambda: False)
     assert claim_memory(0.7) == 0.7
     assert memory.os.environ[FRACTIONS[0]] == "0.7"
     assert claim_memory(0.9) == 0.7
+
+
+@pytest.mark.usefixtures("no_shares")
+def test_jax_that_has_started_already_has_taken_its_own_share() -> None:
+    jax.devices()
+    assert claim_memory(0.2) == claim_memory(0.9) == 0.75
+    assert not any(memory.os.environ[name] for name in FRACTIONS)
 
 
 @pytest.mark.usefixtures("no_shares")
