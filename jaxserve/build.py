@@ -26,7 +26,7 @@ from jaxserve.engine.scheduler import Scheduler
 from jaxserve.engine.stats import Stats
 from jaxserve.engine.timeline import Timeline
 from jaxserve.kernels import overridden
-from jaxserve.model import decoder
+from jaxserve.model import decoder, one_token
 from jaxserve.model import params as model_params
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.params import Params
@@ -93,7 +93,8 @@ def build(wanted: EngineConfig, checkpoint: Checkpoint, timeline: Timeline) -> B
     windows = model.page_groups.windows
     config = _fit(config, memory, windows, shorten=wanted.max_model_len is None)
     stats = Stats()
-    buckets = make_buckets(config, facts.platform)
+    single = config.tensor_parallel_size == 1 and one_token.gains(model, dtype)
+    buckets = make_buckets(config, facts.platform, single)
     kernels = overridden(config.kernel_overrides or {}, model, config.block_size, dtype)
     runner = Runner(config, model, weights, mesh, memory.num_pages, buckets, stats, kernels)
     allocator = PageAllocator(memory.num_pages, config.block_size, config.enable_prefix_caching)

@@ -273,14 +273,20 @@ def _decode_places(model: ModelConfig, devices: int) -> int | None:
     return min((n for n in places if n is not None), default=None)
 
 
-def make_buckets(config: ResolvedConfig, platform: str) -> list[Bucket]:
-    """The step shapes to compile for a resolved config, smallest first."""
+def make_buckets(config: ResolvedConfig, platform: str, single: bool = False) -> list[Bucket]:
+    """The step shapes to compile for a resolved config, smallest first.
+
+    Args:
+        platform: JAX's name of it.
+        single: whether an accelerator's steps of one token are to have a shape of their own.
+    """
     rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
     if platform == "cpu":
         shapes = [(lanes, lanes) for lanes in _powers(1, 4, rows)]
         mixed = [(min(8, rows), min(64, tokens)), (rows, tokens)]
     else:
-        shapes = [(lanes, lanes) for lanes in _powers(8, 2, rows)]
+        shapes = [(1, 1)] if single else []
+        shapes += [(lanes, lanes) for lanes in _powers(8, 2, rows)]
         mixed = [(min(8, rows), size) for size in (128, 512) if size < tokens]
         mixed += [(rows, size) for size in _powers(max(512, 2 * rows), 2, tokens)]
     # As many tokens as lanes would mean decoding only.

@@ -145,9 +145,12 @@ class StepPrograms:
         }
 
     def urgent_keys(self) -> Iterable[Hashable]:
-        """One decoding bucket and one for prompts: with them, some request can be served."""
+        """One decoding bucket and one for prompts: with them, some request can be served. Several
+        can decode together, if any can."""
         mixed = next(bucket for bucket in self._layouts if not bucket.decode_only)
-        for bucket in (mixed, next(iter(self._layouts))):
+        decoding = [bucket for bucket in self._layouts if bucket.decode_only]
+        several = (bucket for bucket in decoding if bucket.lanes > 1)
+        for bucket in (mixed, next(several, decoding[0])):
             yield ("forward", bucket)
             yield chooser(bucket.lanes, "greedy")
             yield chooser(bucket.lanes, "sample")

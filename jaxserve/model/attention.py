@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jaxserve.model.config import AttentionSpec, NormSpec
 from jaxserve.model.inputs import StepInputs
 from jaxserve.model.params import Param, Params, prefixed
 from jaxserve.quant import linear_terms
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.dispatch import CHOOSE, Kernels
 from pallas_kernels.paged_attention import Variant, paged_attention
 from pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
@@ -62,44 +64,73 @@ def apply(
         Terms [S, W, hidden] whose sum is the output, and the layer's cache with this step's keys
         and values written.
     """
-    k_pages, v_pages = cache
     qkv = linear_terms(x, params["qkv"], kernels.fused_linear)
+    o, cache = attend(spec, params, qkv, cache, inputs, cos_sin, kernels, x.dtype)
+    o = o if wanted is None else o[wanted]
+    terms = linear_terms(o, params["out"], kernels.fused_linear)
+    return reduce_terms(terms, params.get("out_bias")), cache
+
+
+def attend(
+    spec: AttentionSpec,
+    params: Params,
+    qkv: jax.Array,
+    cache: kv_cache.LayerCache,
+    inputs: StepInputs,
+    cos_sin: rope.CosSin | None,
+    kernels: Kernels,
+    dtype: jnp.dtype,
+) -> tuple[jax.Array, kv_cache.LayerCache]:
+    """What lies between the two products: from the terms [S, T, kv_heads, group + 2, head_size] of
+    queries, keys and values to the heads' outputs [T, kv_heads, group * head_size] of ``dtype``."""
+    k_pages, v_pages = cache
     if spec.qkv_bias:
         qkv = qkv.sum(0, keepdims=True) + params["qkv_bias"]
     head_norm = None
     if spec.qk_norm is not None and spec.qk_norm.kind == "layer":
-        qkv = _normalize_heads(spec.qk_norm, params["qk_norm/scale"], qkv, x.dtype)
+        qkv = _normalize_heads(spec.qk_norm, params["qk_norm/scale"], qkv, dtype)
     elif spec.qk_norm is not None:
         head_norm = HeadNorm(params["q_norm/scale"], params["k_norm/scale"], spec.qk_norm.eps)
+    place = inputs.write_page, inputs.write_slot
+    own: dict[str, Any] = {
+        "scale": spec.scale,
+        "sliding_window": spec.sliding_window,
+        "variant": _variant(spec, params),
+    }
+    if _joins(spec, kernels, inputs):
+        try:
+            o, *pages = decode_attention(
+                *(qkv, cos_sin, head_norm, k_pages, v_pages, *place),
+                *(inputs.page_table, inputs.attention),
+                dtype=dtype,
+                # Not the reference, where there are faster implementations of the two halves.
+                implementation=kernels.decode_attention or "triton",
+                **own,
+            )
+            return o.reshape(-1, *params["out"].shape[1:]), (pages[0], pages[1])
+        except NotImplementedError:
+            pass
     q, k_pages, v_pages = rope_kv_write(
-        qkv,
-        cos_sin,
-        head_norm,
-        k_pages,
-        v_pages,
-        inputs.write_page,
-        inputs.write_slot,
-        dtype=x.dtype,
+        *(qkv, cos_sin, head_norm, k_pages, v_pages, *place),
+        dtype=dtype,
         implementation=kernels.rope_kv_write,
     )
     if spec.log_length is not None:
         grown = jnp.log(inputs.positions + 1.0) / math.log(spec.log_length)
-        q = (q * jnp.maximum(grown, 1.0)[:, None, None]).astype(x.dtype)
+        q = (q * jnp.maximum(grown, 1.0)[:, None, None]).astype(dtype)
     o = paged_attention(
-        q,
-        k_pages,
-        v_pages,
-        inputs.page_table,
-        inputs.attention,
-        scale=spec.scale,
-        sliding_window=spec.sliding_window,
+        *(q, k_pages, v_pages, inputs.page_table, inputs.attention),
         implementation=kernels.paged_attention,
-        variant=_variant(spec, params),
+        **own,
     )
-    o = o.reshape(-1, *params["out"].shape[1:])
-    o = o if wanted is None else o[wanted]
-    terms = linear_terms(o, params["out"], kernels.fused_linear)
-    return reduce_terms(terms, params.get("out_bias")), (k_pages, v_pages)
+    return o.reshape(-1, *params["out"].shape[1:]), (k_pages, v_pages)
+
+
+def _joins(spec: AttentionSpec, kernels: Kernels, inputs: StepInputs) -> bool:
+    """Whether rotation, write and attention may be one kernel: in steps that only decode, where
+    nobody wants other kernels for a part of it."""
+    decodes = inputs.attention.tile_lane.shape[0] == 0 and spec.log_length is None
+    return decodes and not (kernels.rope_kv_write or kernels.paged_attention)
 
 
 def _normalize_heads(

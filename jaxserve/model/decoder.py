@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxserve.distributed import TENSOR, reduce_sum
 from jaxserve.errors import ConfigError
-from jaxserve.model import attention, ffn, mla, moe, norms, rope
+from jaxserve.model import attention, ffn, mla, moe, norms, one_token, rope
 from jaxserve.model.config import (
     AttentionSpec,
     LatentAttentionSpec,
@@ -126,6 +126,12 @@ def forward(
         float32 logits [L, vocab] (one device's part of the vocabulary where it is split) of the
         tokens ``inputs.sample_index``, and the cache with this step's keys and values.
     """
+    if one_token.fits(config, kernels, inputs):
+        x, head = _embed(config, kernels, params, inputs), head_weight(config)
+        try:
+            return one_token.forward(config, params, head, x, cache, inputs, kernels)
+        except NotImplementedError:
+            pass  # not on this device, or not with these sizes
     residual, cache = _run_layers(config, params, cache, inputs, kernels, inputs.sample_index)
     return logits(config, params, _final(config, kernels, params, residual), kernels), cache
 

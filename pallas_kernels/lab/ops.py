@@ -18,6 +18,8 @@ from pallas_kernels.workload import Cost, LayerShape
 
 OPS = (
     "add_rms_norm",
+    "decode_attention",
+    "decode_chain",
     "expert_ffn",
     "fused_linear",
     "latent_attention",

@@ -12,7 +12,7 @@ XLA it is a constant like any other.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -70,69 +70,105 @@ def decode(
         variant: see ``api.paged_attention``, in natural units.
         config: None takes a tuned one.
     """
-    config = config or _chosen(q, k_pages, batch)
-    _, heads, size = q.shape
-    kv_heads = k_pages.shape[1]
-    group, width = heads // kv_heads, padded_width(size)
-    lane = batch.decode_lane
-    # Equal in all layers, so XLA makes it once per step. One row of it is one memory access.
-    items = jnp.stack(
-        [
-            *(lane, batch.decode_start, batch.decode_end),
-            *(batch.decode_first[lane], batch.decode_count[lane]),
-            *(batch.query_start[lane], batch.kv_len[lane], batch.row[lane]),
-        ],
-        axis=1,
-    )
-    count = lane.shape[0]
-    kernel = functools.partial(
-        _kernel,
-        tile=config.tile,
-        rows=max(MIN_ROWS, power_of_two(group)),
-        width=width,
-        scale=scale,
-        window=window,
-        group=group,
-        parallel=not interpret,
-    )
-    zeros = jnp.zeros((batch.row.shape[0], kv_heads), jnp.int32)
+    config = config or chosen(q, k_pages, batch)
     out, *_ = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, **static(q, k_pages, config, scale, window, interpret)),
         name="paged_decode",
-        grid=(kv_heads, count),  # items in use come first, and their heads' keys lie side by side
-        out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((count, kv_heads, group, size), jnp.float32),
-            jax.ShapeDtypeStruct((count, kv_heads, group), jnp.float32),
-            jax.ShapeDtypeStruct((count, kv_heads, group), jnp.float32),
-        ],
+        grid=grid(k_pages, batch),
+        out_shape=[jax.ShapeDtypeStruct(q.shape, q.dtype), *unfinished(q, k_pages, batch)],
         input_output_aliases={5: 0},
         interpret=interpret,
         compiler_params=plt.CompilerParams(num_warps=config.warps, num_stages=config.stages),
-    )(items, zeros, page_table, k_pages, v_pages, q, variant or Variant())
+    )(
+        items(batch),
+        arrivals(k_pages, batch),
+        page_table,
+        k_pages,
+        v_pages,
+        q,
+        variant or Variant(),
+    )
     return out
 
 
-def _kernel(items_ref, *refs, **static):
+def items(batch: AttentionBatch) -> jax.Array:
+    """What a program must know of each item: int32 [D, 8].
+
+    Equal in all layers, so XLA makes it once per step. One row of it is one memory access.
+    """
+    lane = batch.decode_lane
+    columns = [
+        *(lane, batch.decode_start, batch.decode_end),
+        *(batch.decode_first[lane], batch.decode_count[lane]),
+        *(batch.query_start[lane], batch.kv_len[lane], batch.row[lane]),
+    ]
+    return jnp.stack(columns, axis=1)
+
+
+def arrivals(k_pages: jax.Array, batch: AttentionBatch) -> jax.Array:
+    """The counters of arrivals, by lane and head."""
+    return jnp.zeros((batch.row.shape[0], k_pages.shape[1]), jnp.int32)
+
+
+def grid(k_pages: jax.Array, batch: AttentionBatch) -> tuple[int, int]:
+    """Heads and items: those in use come first, and their heads' keys lie side by side."""
+    return k_pages.shape[1], batch.decode_lane.shape[0]
+
+
+def unfinished(q: Any, k_pages: jax.Array, batch: AttentionBatch) -> list[jax.ShapeDtypeStruct]:
+    """The items' weighted values, maxima and sums, where a lane has several."""
+    count, kv_heads = batch.decode_lane.shape[0], k_pages.shape[1]
+    by_head = (count, kv_heads, q.shape[1] // kv_heads)
+    shapes = ((*by_head, q.shape[2]), by_head, by_head)
+    return [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+
+
+def static(
+    q: Any, k_pages: jax.Array, config: Config, scale: float, window: int | None, interpret: bool
+) -> dict[str, Any]:
+    """What the kernel is specialised for."""
+    group = q.shape[1] // k_pages.shape[1]
+    return {
+        "tile": config.tile,
+        "rows": max(MIN_ROWS, power_of_two(group)),
+        "width": padded_width(q.shape[2]),
+        "scale": scale,
+        "window": window,
+        "group": group,
+        "parallel": not interpret,
+    }
+
+
+def _kernel(items_ref, arrivals_ref, table_ref, k_ref, v_ref, q_ref, *refs, **options):
+    def load(facts: tuple[Any, ...], head: Any, member: jax.Array, column: jax.Array, exists: Any):
+        index = jnp.full(member.shape, facts[5]), head * options["group"] + member, column
+        return plt.load(q_ref.at[index], mask=exists, other=0)
+
+    attend(load, items_ref, arrivals_ref, table_ref, k_ref, v_ref, *refs, **options)
+
+
+def attend(load: Callable[..., jax.Array], items_ref, *refs, **options) -> None:
+    """A program's item, if it has one, of the query that ``load(facts, head, member, column,
+    exists)`` gives."""
     head, item = pl.program_id(0), pl.program_id(1)
     facts = tuple(items_ref[item, i] for i in range(8))
     start, end = facts[1:3]
     # Most programs of a short step have no item: they are to end at once.
-    pl.when(end > start)(functools.partial(_attend, head, item, facts, *refs, **static))
+    pl.when(end > start)(functools.partial(_attend, load, head, item, facts, *refs, **options))
 
 
 def _attend(
-    head, item, facts, arrivals_ref, table_ref, k_ref, v_ref, q_ref, variant_refs,
+    load, head, item, facts, arrivals_ref, table_ref, k_ref, v_ref, variant_refs,
     out_ref, values_ref, top_ref, total_ref,
     *, tile, rows, width, scale, window, group, parallel,
 ):  # fmt: skip
     lane, start, end, first_item, count, token, kv_len, row = facts
-    size, page_size = q_ref.shape[2], k_ref.shape[2]
+    size, page_size = out_ref.shape[2], k_ref.shape[2]
     member = jnp.broadcast_to(jnp.arange(rows)[:, None], (rows, width))
     column = jnp.broadcast_to(jnp.arange(width)[None, :], (rows, width))
     exists = (member < group) & (column < size)
     index = (jnp.full((rows, width), token), head * group + member, column)
-    q = plt.load(q_ref.at[index], mask=exists, other=0)
+    q = load(facts, head, member, column, exists)
     one = jnp.arange(rows)
     own = one < group
     variant = RowVariant.load(variant_refs, jnp.where(own, head * group + one, 0), own)
@@ -218,13 +254,14 @@ def candidates(q: jax.Array, k_pages: jax.Array, **arguments: Any) -> Iterable[C
                     yield Config(tile, warps, stages)
 
 
-def tuning_key(q: jax.Array, k_pages: jax.Array, batch: AttentionBatch, **arguments: Any) -> str:
+def tuning_key(q: Any, k_pages: jax.Array, batch: AttentionBatch, **arguments: Any) -> str:
     """What a tuned configuration depends on."""
     lanes = power_of_two(batch.row.shape[0])
     return f"decode {q.dtype} head_size {q.shape[2]} page_size {k_pages.shape[2]} lanes {lanes}"
 
 
-def _chosen(q: jax.Array, k_pages: jax.Array, batch: AttentionBatch) -> Config:
+def chosen(q: Any, k_pages: jax.Array, batch: AttentionBatch) -> Config:
+    """The configuration for queries of q's shape and dtype."""
     tuned = tuning.lookup("paged_attention", "triton", tuning_key(q, k_pages, batch))
     if tuned is not None:
         return Config(**tuned)

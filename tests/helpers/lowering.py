@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 from unittest import mock
 
@@ -16,10 +17,15 @@ DEVICES = {
 }
 
 
+def on_abstract(platform: str) -> AbstractContextManager[Any]:
+    """Lets code be traced for a device of the platform."""
+    mesh = AbstractMesh((), (), abstract_device=DEVICES[platform])
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def lowers_for(platform: str, function: Callable, *args, **kwargs) -> str:
     """The lowered module's text for ``platform``; raises what the lowering raises, and what a GPU's
     compiler would refuse at once in a Triton kernel."""
-    mesh = AbstractMesh((), (), abstract_device=DEVICES[platform])
     lower_to_triton = triton_lowering.lower_jaxpr_to_triton_module
 
     def lower_and_verify(*args: Any, **kwargs: Any) -> Any:
@@ -28,7 +34,7 @@ def lowers_for(platform: str, function: Callable, *args, **kwargs) -> str:
         return result
 
     with (
-        jax.sharding.use_abstract_mesh(mesh),
+        on_abstract(platform),
         mock.patch.object(triton_lowering, "lower_jaxpr_to_triton_module", lower_and_verify),
     ):
         traced = jax.jit(function).trace(*args, **kwargs)

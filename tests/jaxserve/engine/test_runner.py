@@ -57,6 +57,11 @@ def test_the_buckets_are_few(platform: str) -> None:
     assert len(make_buckets(resolved(256, 8192, platform), platform)) <= 16
 
 
+def test_steps_of_one_token_may_have_a_shape_of_their_own() -> None:
+    config = resolved(256, 8192, "gpu")
+    assert make_buckets(config, "gpu", single=True) == [Bucket(1, 1), *make_buckets(config, "gpu")]
+
+
 def test_decoding_wastes_little() -> None:
     """On a GPU, at most half of the lanes of a decoding step are padding (from 8 requests on)."""
     buckets = make_buckets(resolved(256, 8192, "gpu"), "gpu")
