@@ -20,6 +20,9 @@ from pallas_kernels.dispatch import CHOOSE, Kernels
 from pallas_kernels.paged_attention import Variant, paged_attention
 from pallas_kernels.rope_kv_write import HeadNorm, rope_kv_write
 
+MOST_JOINED = 64
+"""Lanes up to which ``decode_attention`` was measured to be faster than its two halves."""
+
 
 def declare(spec: AttentionSpec, hidden_size: int) -> dict[str, Param]:
     """Weights. ``qkv`` groups, per KV head, its query heads, then its key, then its value:
@@ -97,9 +100,9 @@ def attend(
         "sliding_window": spec.sliding_window,
         "variant": _variant(spec, params),
     }
-    if _joins(spec, kernels, inputs):
+    if _joins(spec, kernels, qkv, inputs):
         try:
-            o, *pages = decode_attention(
+            o, k_pages, v_pages = decode_attention(
                 *(qkv, cos_sin, head_norm, k_pages, v_pages, *place),
                 *(inputs.page_table, inputs.attention),
                 dtype=dtype,
@@ -107,7 +110,7 @@ def attend(
                 implementation=kernels.decode_attention or "triton",
                 **own,
             )
-            return o.reshape(-1, *params["out"].shape[1:]), (pages[0], pages[1])
+            return o.reshape(-1, *params["out"].shape[1:]), (k_pages, v_pages)
         except NotImplementedError:
             pass
     q, k_pages, v_pages = rope_kv_write(
@@ -126,11 +129,13 @@ def attend(
     return o.reshape(-1, *params["out"].shape[1:]), (k_pages, v_pages)
 
 
-def _joins(spec: AttentionSpec, kernels: Kernels, inputs: StepInputs) -> bool:
-    """Whether rotation, write and attention may be one kernel: in steps that only decode, where
-    nobody wants other kernels for a part of it."""
+def _joins(spec: AttentionSpec, kernels: Kernels, qkv: jax.Array, inputs: StepInputs) -> bool:
+    """Whether rotation, write and attention are one kernel: in steps that only decode, where nobody
+    wants other kernels for a part of it. Not with several terms, which each of a lane's items would
+    add up anew, nor with more lanes than that was measured with."""
     decodes = inputs.attention.tile_lane.shape[0] == 0 and spec.log_length is None
-    return decodes and not (kernels.rope_kv_write or kernels.paged_attention)
+    small = qkv.shape[0] == 1 and qkv.shape[1] <= MOST_JOINED
+    return decodes and small and not (kernels.rope_kv_write or kernels.paged_attention)
 
 
 def _normalize_heads(

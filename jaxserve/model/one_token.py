@@ -15,7 +15,7 @@ from jaxserve.model.inputs import StepInputs
 from jaxserve.model.kv_cache import KVCache, LayerCache
 from jaxserve.model.params import Params, under
 from jaxserve.model.rope import CosSin, cos_sin
-from jaxserve.quant import linear_terms
+from jaxserve.quant import linear
 from pallas_kernels.add_rms_norm import RMSNorm
 from pallas_kernels.arithmetic import rms_norm
 from pallas_kernels.decode_chain import ChainWeights, decode_chain
@@ -86,7 +86,8 @@ def forward(
         return norm, params[f"layers/{index}/attention/qkv"]
 
     norm, weight = product(0)
-    y = linear_terms(rms_norm(x, norm.scale, norm.eps), weight, kernels.fused_linear)
+    h = rms_norm(x, norm.scale, norm.eps)
+    y = linear(h, weight, jnp.float32, kernels.fused_linear)[None]  # one term, as behind a layer
     for index, layer in enumerate(config.layers):
         place, own = groups.place[index], inputs.of_table(groups.table[index])
         turns = None if layer.attention.rope is None else angles[layer.attention.rope]
