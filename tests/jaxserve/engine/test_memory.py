@@ -72,7 +72,9 @@ class FakeDevice:
 
 
 def on(patch: pytest.MonkeyPatch, *devices: FakeDevice) -> None:
-    """Lets meshes consist of fake devices, as far as their memory is concerned."""
+    """Lets meshes consist of fake devices, as far as their memory is concerned, of which JAX takes
+    its share at once, as it does if it isn't told otherwise."""
+    patch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
     patch.setattr(jax.sharding.Mesh, "local_devices", property(lambda mesh: list(devices)))
 
 
@@ -236,8 +238,8 @@ def test_the_caches_arrays_fit_into_an_allocator_that_grows(
         MODEL, layers=(dataclasses.replace(LAYER, attention=spec),) * layers
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", flag)
         on(patch, FakeDevice(limit))
+        patch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", flag)
         plan = pages(1.0, model, gpu_memory_utilization=utilization, block_size=page_size)
     if plan.num_pages == 1:  # nothing fits, and check_fits says so
         return
