@@ -13,10 +13,15 @@ class Stopped(Exception):
 
 
 class Interrupt:
-    """Remembers that Ctrl-C was pressed."""
+    """Remembers that Ctrl-C was pressed.
 
-    def __init__(self) -> None:
-        self._pressed = False
+    Args:
+        at_once: it also raises KeyboardInterrupt where the program is. That alone may get lost:
+            Python drops what is raised in a finalizer or in a callback of its garbage collector.
+    """
+
+    def __init__(self, at_once: bool = False) -> None:
+        self._pressed, self._at_once = False, at_once
 
     def check(self) -> None:
         """Raises Stopped if Ctrl-C was pressed. To be called after every token."""
@@ -25,15 +30,15 @@ class Interrupt:
 
     def press(self, signum: int, frame: FrameType | None) -> None:
         """Handles the signal; the second one doesn't wait for a token."""
-        if self._pressed:
+        before, self._pressed = self._pressed, True
+        if before or self._at_once:
             raise KeyboardInterrupt
-        self._pressed = True
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Interrupt]:
-    """While it lasts, Ctrl-C makes ``check`` raise Stopped."""
-    interrupt = Interrupt()
+def interruptible(at_once: bool = False) -> Iterator[Interrupt]:
+    """While it lasts, Ctrl-C makes ``check`` raise Stopped; ``at_once`` as in Interrupt."""
+    interrupt = Interrupt(at_once)
     before = signal.signal(signal.SIGINT, interrupt.press)
     try:
         yield interrupt

@@ -110,12 +110,14 @@ def stream_served(client: Client, path: str, body: dict[str, Any]) -> Answer:
     """
     answer = Answer()
     wanted = body | {"stream_options": {"include_usage": True}}
-    try:
-        with contextlib.closing(client.stream(path, wanted)) as chunks:
-            for chunk in chunks:
-                _take(answer, chunk)
-    except KeyboardInterrupt:
-        answer.stopped = True
+    with interruptible(at_once=True) as interrupt:
+        try:
+            with contextlib.closing(client.stream(path, wanted)) as chunks:
+                for chunk in chunks:
+                    _take(answer, chunk)
+                    interrupt.check()
+        except (KeyboardInterrupt, Stopped):
+            answer.stopped = True
     return answer
 
 
