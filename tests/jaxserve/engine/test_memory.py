@@ -171,6 +171,27 @@ SIZES = st.tuples(
 )
 
 
+def planned(
+    sizes: tuple[int, int, int, int, float, int], **variables: str
+) -> tuple[MemoryPlan, list[int], list[int]]:
+    """The plan for one of ``SIZES``, and the bytes of each weight and of each of the cache's
+    arrays."""
+    layers, kv_heads, head_size, limit, utilization, page_size = sizes
+    spec = AttentionSpec(kv_heads, kv_heads, head_size, 0.25)
+    layer = dataclasses.replace(LAYER, attention=spec)
+    model = dataclasses.replace(MODEL, layers=(layer,) * layers)
+    with pytest.MonkeyPatch.context() as patch:
+        on(patch, FakeDevice(limit))
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        plan = pages(1.0, model, gpu_memory_utilization=utilization, block_size=page_size)
+    assert plan.num_pages == 1 or plan.total <= plan.limit <= limit * utilization
+    dtype = jnp.dtype("bfloat16")
+    arrays = kv_cache.shapes(model, plan.num_pages, page_size, dtype, make_mesh(1))
+    weights = [num_bytes({"": weight}, dtype) for weight in decoder.declare(model).values()]
+    return plan, weights, [math.prod(array.shape) * 2 for array in jax.tree.leaves(arrays)]
+
+
 @given(SIZES)
 def test_the_caches_arrays_fit_into_what_the_allocator_has_left(
     sizes: tuple[int, int, int, int, float, int],
@@ -178,23 +199,13 @@ def test_the_caches_arrays_fit_into_what_the_allocator_has_left(
     """Weights come first, with a hole left between them by XLA's autotuner as large as the largest.
     Then each array of the cache is cut from the rest, rounded; the activations still fit, as one
     piece."""
-    layers, kv_heads, head_size, limit, utilization, page_size = sizes
-    spec = AttentionSpec(kv_heads, kv_heads, head_size, 0.25)
-    model = dataclasses.replace(
-        MODEL, layers=(dataclasses.replace(LAYER, attention=spec),) * layers
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        on(patch, FakeDevice(limit))
-        plan = pages(1.0, model, gpu_memory_utilization=utilization, block_size=page_size)
+    plan, _, arrays = planned(sizes)
     if plan.num_pages == 1:  # nothing fits, and check_fits says so
         return
-    assert plan.total <= plan.limit <= limit * utilization
-    dtype = jnp.dtype("bfloat16")
-    arrays = jax.tree.leaves(kv_cache.shapes(model, plan.num_pages, page_size, dtype, make_mesh(1)))
-    assert sum(math.prod(array.shape) * 2 for array in arrays) == plan.cache
+    assert sum(arrays) == plan.cache
     free = plan.limit - plan.in_use - plan.weights - EMBEDDING_BYTES
     for array in arrays:
-        taken = -(-math.prod(array.shape) * 2 // 256) * 256
+        taken = -(-array // 256) * 256
         if free - taken < UNSPLIT and free < 2 * taken:
             taken = free  # the allocator doesn't split a region of which so little would remain
         free -= taken
@@ -232,26 +243,12 @@ class GrowingAllocator:
 def test_the_caches_arrays_fit_into_an_allocator_that_grows(
     flag: str, sizes: tuple[int, int, int, int, float, int]
 ) -> None:
-    layers, kv_heads, head_size, limit, utilization, page_size = sizes
-    spec = AttentionSpec(kv_heads, kv_heads, head_size, 0.25)
-    model = dataclasses.replace(
-        MODEL, layers=(dataclasses.replace(LAYER, attention=spec),) * layers
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        on(patch, FakeDevice(limit))
-        patch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", flag)
-        plan = pages(1.0, model, gpu_memory_utilization=utilization, block_size=page_size)
+    plan, weights, arrays = planned(sizes, XLA_PYTHON_CLIENT_PREALLOCATE=flag)
     if plan.num_pages == 1:  # nothing fits, and check_fits says so
         return
-    assert plan.total <= plan.limit
     allocator = GrowingAllocator(plan.limit)
-    for weight in sorted(decoder.declare(model)):
-        allocator.allocate(num_bytes({weight: decoder.declare(model)[weight]}, jnp.bfloat16))
-    dtype = jnp.dtype("bfloat16")
-    arrays = kv_cache.shapes(model, plan.num_pages, page_size, dtype, make_mesh(1))
-    for array in jax.tree.leaves(arrays):
-        allocator.allocate(math.prod(array.shape) * 2)
-    allocator.allocate(plan.activations)
+    for size in [*weights, *arrays, plan.activations]:
+        allocator.allocate(size)
 
 
 # --- the share that JAX's allocator gets ----------------------------------------------------------
