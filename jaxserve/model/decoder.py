@@ -177,15 +177,12 @@ def _run_layers(
     """The stream of the tokens ``wanted`` [L] behind all layers; of all if None. The others have
     done their part with the last layer's keys and values."""
     residual = Residual(_embed(config, kernels, params, inputs))
-    tables = {
-        spec: rope.cos_sin(spec, inputs.positions, inputs.rope_lengths)
-        for spec in config.rope_specs
-    }
+    angles = rope.tables(config.rope_specs, inputs.positions, inputs.rope_lengths)
     groups, places = config.page_groups, list(cache)
     inputs_of = [inputs.of_table(table) for table in range(len(groups.windows))]
     for index, layer in enumerate(config.layers):
         weights = under(f"layers/{index}", params)
-        cos_sin = tables[layer.attention.rope] if layer.attention.rope is not None else None
+        cos_sin = angles[layer.attention.rope]
         place, own = groups.place[index], inputs_of[groups.table[index]]
         last = index == len(config.layers) - 1
         residual, places[place] = _layer(

@@ -9,12 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.distributed import tensor_parallel_size
-from jaxserve.model import attention
+from jaxserve.model import attention, rope
 from jaxserve.model.config import AttentionSpec, LayerSpec, MLPSpec, ModelConfig
 from jaxserve.model.inputs import StepInputs
 from jaxserve.model.kv_cache import KVCache, LayerCache
 from jaxserve.model.params import Params, under
-from jaxserve.model.rope import CosSin, cos_sin
 from jaxserve.quant import linear
 from pallas_kernels.add_rms_norm import RMSNorm
 from pallas_kernels.arithmetic import rms_norm
@@ -71,10 +70,9 @@ def forward(
     Raises:
         NotImplementedError: there is no kernel for it here.
     """
-    angles = {
-        spec: cos_sin(spec, inputs.positions, inputs.rope_lengths) for spec in config.rope_specs
-    }
+    angles = rope.tables(config.rope_specs, inputs.positions, inputs.rope_lengths)
     groups, places = config.page_groups, list(cache)
+    inputs_of = [inputs.of_table(table) for table in range(len(groups.windows))]
 
     def product(index: int) -> tuple[RMSNorm, jax.Array]:
         """The norm and the product that a layer begins with, or those behind the last one."""
@@ -89,11 +87,10 @@ def forward(
     h = rms_norm(x, norm.scale, norm.eps)
     y = linear(h, weight, jnp.float32, kernels.fused_linear)[None]  # one term, as behind a layer
     for index, layer in enumerate(config.layers):
-        place, own = groups.place[index], inputs.of_table(groups.table[index])
-        turns = None if layer.attention.rope is None else angles[layer.attention.rope]
-        weights = under(f"layers/{index}", params)
+        place, own = groups.place[index], inputs_of[groups.table[index]]
+        cos_sin, weights = angles[layer.attention.rope], under(f"layers/{index}", params)
         x, y, places[place] = _layer(
-            *(layer, kernels, weights, x, y, places[place], own, turns), *product(index + 1)
+            *(layer, kernels, weights, x, y, places[place], own, cos_sin), *product(index + 1)
         )
     return y[0], tuple(places)
 
@@ -107,7 +104,7 @@ def _layer(
     qkv: jax.Array,
     cache: LayerCache,
     inputs: StepInputs,
-    turns: CosSin | None,
+    cos_sin: rope.CosSin | None,
     next_norm: RMSNorm,
     next_weight: jax.Array,
 ) -> tuple[jax.Array, jax.Array, LayerCache]:
@@ -115,7 +112,7 @@ def _layer(
     product behind the layer."""
     spec, own = layer.attention, under("attention", params)
     assert isinstance(spec, AttentionSpec)  # said by ``fits``
-    heads, cache = attention.attend(spec, own, qkv, cache, inputs, turns, kernels, x.dtype)
+    heads, cache = attention.attend(spec, own, qkv, cache, inputs, cos_sin, kernels, x.dtype)
     hidden = x.shape[1]
     weights = ChainWeights(
         own["out"].reshape(hidden, -1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +59,13 @@ def _yarn(base: np.ndarray, theta: float, size: int, scaling: RopeScaling) -> np
     pairs = np.arange(size // 2, dtype=np.float32)
     ramp = np.clip((pairs - low) / (high - low), 0.0, 1.0).astype(np.float32)
     return base / np.float32(scaling.factor) * ramp + base * (1 - ramp)
+
+
+def tables(
+    specs: Iterable[RopeSpec], positions: jax.Array, lengths: jax.Array
+) -> dict[RopeSpec | None, CosSin | None]:
+    """``cos_sin`` of every spec; None for layers that rotate nothing."""
+    return {None: None} | {spec: cos_sin(spec, positions, lengths) for spec in specs}
 
 
 def cos_sin(spec: RopeSpec, positions: jax.Array, lengths: jax.Array) -> CosSin:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention import cases as attention_cases
-from pallas_kernels.rope_kv_write.types import HeadNorm
-from pallas_kernels.workload import LLAMA_1B, LLAMA_8B, QWEN3_30B_A3B, Cost, LayerShape, normal
+from pallas_kernels.rope_kv_write import cases as rope_cases
+from pallas_kernels.workload import LLAMA_1B, LLAMA_8B, QWEN3_30B_A3B, Cost, LayerShape
 
 
 @dataclass(frozen=True)
@@ -92,19 +92,25 @@ def make(case: Case, seed: int) -> dict[str, Any]:
     last = np.maximum(np.asarray(batch.kv_len) - 1, 0)
     page = table[np.asarray(batch.row), last // shape.page_size]
     page = np.where(np.asarray(batch.kv_len) > 0, page, 0)
-    rng = np.random.default_rng(seed + 1)
-    pairs = (case.rotary_size or shape.head_size) // 2
-    angle = rng.uniform(0, 7, (tokens, pairs)).astype(np.float32)
-    group = shape.heads // shape.kv_heads
-    qkv = (case.terms, tokens, shape.kv_heads, group + 2, shape.head_size)
-    q_scale, k_scale = (normal(rng, (shape.head_size,), shape.dtype) for _ in range(2))
-    return arguments | {
-        "qkv": normal(rng, qkv, shape.dtype if case.terms == 1 else "float32"),
-        "cos_sin": (jnp.cos(angle), jnp.sin(angle)) if case.rotates else None,
-        "norm": HeadNorm(q_scale, k_scale, 1e-6) if case.normalizes else None,
+    rotated = rope_cases.Case(
+        case.name,
+        tokens,
+        shape.kv_heads,
+        shape.heads // shape.kv_heads,
+        shape.head_size,
+        shape.page_size,
+        case.rotates,
+        case.rotary_size,
+        case.normalizes,
+        shape.dtype,
+        padding=0,
+        terms=case.terms,
+    )
+    return {
+        **rope_cases.make(rotated, seed + 1),
+        **arguments,
         "page": jnp.asarray(page, jnp.int32),
         "slot": jnp.asarray(last % shape.page_size, jnp.int32),
-        "dtype": jnp.dtype(shape.dtype),
     }
 
 
