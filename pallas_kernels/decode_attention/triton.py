@@ -24,6 +24,7 @@ from pallas_kernels.paged_attention.triton_common import LOG2_E
 from pallas_kernels.paged_attention.triton_decode import Config
 from pallas_kernels.paged_attention.variant import Variant
 from pallas_kernels.rope_kv_write.types import CosSin, HeadNorm, Result
+from pallas_kernels.triton_heads import load_sum, scaled
 
 
 def decode_attention(
@@ -123,12 +124,8 @@ class _Heads:
 
     def load(self, member: jax.Array, column: jax.Array, exists: Any) -> jax.Array:
         """The sum of the terms, rounded."""
-        total = jnp.zeros(column.shape, jnp.float32)
-        for term in range(self.qkv_ref.shape[0]):
-            place = [jnp.full(column.shape, one) for one in (term, self.token, self.head)]
-            part = plt.load(self.qkv_ref.at[(*place, member, column)], mask=exists, other=0)
-            total += part.astype(jnp.float32)
-        return total.astype(self.dtype)
+        token, head = (jnp.full(column.shape, one) for one in (self.token, self.head))
+        return load_sum(self.qkv_ref, (token, head, member, column), exists, self.dtype)
 
     def rotated(
         self, member: jax.Array, column: jax.Array, exists: Any, scale_ref: Any
@@ -154,6 +151,4 @@ class _Heads:
         return jnp.where(turns, turned, own).astype(self.dtype)
 
     def _scaled(self, x: jax.Array, scale_ref: Any, column: jax.Array, exists: Any) -> jax.Array:
-        """x in float32 after scaling it in the scale's dtype, as the plain norm does."""
-        scale = plt.load(scale_ref.at[column], mask=exists, other=0)
-        return (x.astype(scale.dtype) * scale).astype(self.dtype).astype(jnp.float32)
+        return scaled(x, plt.load(scale_ref.at[column], mask=exists, other=0), self.dtype)

@@ -18,6 +18,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels.arithmetic import power_of_two
 from pallas_kernels.lowering import can_lower_triton
 from pallas_kernels.rope_kv_write.types import CosSin, HeadNorm, Result
+from pallas_kernels.triton_heads import load_sum, scaled
 
 ROWS = 32
 """Rows (tokens times heads) that a program handles at least, so that large steps need few."""
@@ -81,7 +82,7 @@ def _kernel(
     cos_sin_refs = [refs.pop(0) for _ in range(2 if pairs else 0)]
     scale_refs = [refs.pop(0) for _ in range(0 if eps is None else 2)]
     _, _, q_ref, k_ref, v_ref = refs
-    terms, _, _, parts, size = qkv_ref.shape
+    _, _, _, parts, size = qkv_ref.shape
     half, group, rows = size // 2, parts - 2, block * members
 
     head = pl.program_id(1)
@@ -102,14 +103,7 @@ def _kernel(
     heads = jnp.full((rows, width), head)
     index = spread(token), heads, spread(member)
 
-    def load(columns):
-        total = jnp.zeros((rows, width), jnp.float32)
-        for term in range(terms):
-            place = jnp.full((rows, width), term), *index, columns
-            total += plt.load(qkv_ref.at[place], mask=exists, other=0).astype(jnp.float32)
-        return total.astype(dtype)
-
-    first, second = load(left), load(right)
+    first, second = (load_sum(qkv_ref, (*index, side), exists, dtype) for side in (left, right))
     is_value = spread(member == parts - 1)
     a, b = first.astype(jnp.float32), second.astype(jnp.float32)
     if eps is not None:
@@ -143,7 +137,6 @@ def _kernel(
 
 
 def _scaled(x, scale_refs, column, exists, is_key, dtype):
-    """x in float32 after scaling it in the scales' dtype, as the plain norm does."""
+    """x scaled, see ``scaled``, by the keys' scale or the queries'."""
     q_scale, k_scale = (plt.load(ref.at[column], mask=exists, other=0) for ref in scale_refs)
-    scale = jnp.where(is_key, k_scale, q_scale)
-    return (x.astype(scale.dtype) * scale).astype(dtype).astype(jnp.float32)
+    return scaled(x, jnp.where(is_key, k_scale, q_scale), dtype)
