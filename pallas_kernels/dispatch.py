@@ -19,7 +19,7 @@ class Kernels:
 
     add_rms_norm: Implementation | None = None
     decode_attention: Implementation | None = None
-    decode_chain: Implementation | None = None
+    decode_layer: Implementation | None = None
     expert_ffn: Implementation | None = None
     fused_linear: Implementation | None = None
     latent_attention: Implementation | None = None

@@ -62,20 +62,24 @@ class Bucket:
     Attributes:
         lanes: most requests in the step.
         tokens: most tokens; equal to ``lanes`` in a bucket for decoding only.
+        context: tokens of a request up to which the step is worth it; None for any.
     """
 
     lanes: int
     tokens: int
+    context: int | None = None
 
     @property
     def decode_only(self) -> bool:
         """Whether each lane has at most one token."""
         return self.tokens == self.lanes
 
-    def fits(self, lanes: int, tokens: int) -> bool:
-        """Whether a step of this size fits (one token a lane if ``tokens == lanes``)."""
+    def fits(self, lanes: int, tokens: int, context: int = 0) -> bool:
+        """Whether a step of this size fits (one token a lane if ``tokens == lanes``), whose longest
+        request has ``context`` tokens."""
         enough = lanes <= self.lanes and tokens <= self.tokens
-        return enough and (tokens == lanes or not self.decode_only)
+        short = self.context is None or context <= self.context
+        return enough and short and (tokens == lanes or not self.decode_only)
 
 
 @dataclass(frozen=True)

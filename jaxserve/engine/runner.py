@@ -22,7 +22,7 @@ from jaxserve.engine.prompt_reads import ReadPlan, Reads
 from jaxserve.engine.request import Request, TokenLogprobs
 from jaxserve.engine.stats import Stats
 from jaxserve.engine.step import Avals, StepPrograms, StepState
-from jaxserve.model import decoder
+from jaxserve.model import decoder, one_token
 from jaxserve.model.config import AttentionSpec, ModelConfig
 from jaxserve.model.params import Params
 from jaxserve.sampling import edits
@@ -126,7 +126,8 @@ class Runner:
         asking = packer.lanes_that_read_prompts(decision)
         plan = prompt_reads.make_plan(decision, asking, self._step.largest.lanes)
         least = packer.variant(decision)
-        bucket, variant = self._choose(lanes, num_tokens, least, largest=plan is not None)
+        context, largest = _context(decision), plan is not None
+        bucket, variant = self._choose(lanes, num_tokens, least, context, largest)
         layout, updates = self._layouts[bucket], decision.table_updates
         early = []
         while len(updates) > layout.num_table_updates:
@@ -238,11 +239,11 @@ class Runner:
     # --- dispatching --------------------------------------------------------------------------
 
     def _choose(
-        self, lanes: int, tokens: int, variant: Variant, largest: bool = False
+        self, lanes: int, tokens: int, variant: Variant, context: int = 0, largest: bool = False
     ) -> tuple[Bucket, Variant]:
         """The smallest bucket that fits (or the largest one, if told so) and the least sampler that
         does, of those compiled."""
-        fitting = [bucket for bucket in self._layouts if bucket.fits(lanes, tokens)]
+        fitting = [bucket for bucket in self._layouts if bucket.fits(lanes, tokens, context)]
         fitting = fitting[-1:] if largest else fitting
         able = VARIANTS[VARIANTS.index(variant) :]
         for bucket in fitting:
@@ -256,6 +257,11 @@ class Runner:
         """A request's edits, packed for the program ``write_edits``."""
         line = edits.line(request.params, request.output_token_ids, self._vocab_size)
         return np.concatenate([np.array([request.row], np.int32), line])
+
+
+def _context(decision: Decision) -> int:
+    """Tokens of the longest request in a step."""
+    return int((decision.start + decision.num_scheduled_tokens).max(initial=0))
 
 
 def _decode_places(model: ModelConfig, devices: int) -> int | None:
@@ -285,13 +291,15 @@ def make_buckets(config: ResolvedConfig, platform: str, single: bool = False) ->
         shapes = [(lanes, lanes) for lanes in _powers(1, 4, rows)]
         mixed = [(min(8, rows), min(64, tokens)), (rows, tokens)]
     else:
-        shapes = [(1, 1)] if single else []
-        shapes += [(lanes, lanes) for lanes in _powers(8, 2, rows)]
+        shapes = [(lanes, lanes) for lanes in _powers(8, 2, rows)]
         mixed = [(min(8, rows), size) for size in (128, 512) if size < tokens]
         mixed += [(rows, size) for size in _powers(max(512, 2 * rows), 2, tokens)]
     # As many tokens as lanes would mean decoding only.
     shapes += [(lanes, max(size, lanes + 1)) for lanes, size in mixed]
-    return sorted({Bucket(*shape) for shape in shapes}, key=lambda b: (b.tokens, b.lanes))
+    buckets = sorted({Bucket(*shape) for shape in shapes}, key=lambda b: (b.tokens, b.lanes))
+    if single and platform != "cpu":
+        buckets.insert(0, Bucket(1, 1, one_token.MAX_CONTEXT))
+    return buckets
 
 
 def step_sizes(buckets: Sequence[Bucket]) -> list[int]:

@@ -31,7 +31,7 @@ class Case:
         return self.attention.dtype
 
 
-def _case(name: str, lanes: tuple[int, ...] = (1, 17, 32, 333), **settings: Any) -> Case:
+def case(name: str, lanes: tuple[int, ...] = (1, 17, 32, 333), **settings: Any) -> Case:
     own = {"rotates", "rotary_size", "normalizes", "terms"} & settings.keys()
     others = {key: value for key, value in settings.items() if key not in own}
     attention = attention_cases.Case(name, tuple((1, total) for total in lanes), **others)
@@ -39,17 +39,17 @@ def _case(name: str, lanes: tuple[int, ...] = (1, 17, 32, 333), **settings: Any)
 
 
 CASES = (
-    _case("plain"),
-    _case("three terms, bfloat16", terms=3, dtype="bfloat16"),
-    _case("group 1, head size 96", heads=3, kv_heads=3, head_size=96),
-    _case("group 7, head norms", heads=7, kv_heads=1, head_size=128, normalizes=True),
-    _case("half of a head rotates", rotary_size=32, normalizes=True),
-    _case("no rotation", rotates=False),
-    _case("head size 12", head_size=12),
-    _case("page size 64, window", page_size=64, sliding_window=50),
-    _case("one long lane", (1500,), padding=0),
-    _case("long, window, sinks", (1500,), sliding_window=200, sinks=True, padding=0),
-    _case("softcap, float16", softcap=2.0, dtype="float16"),
+    case("plain"),
+    case("three terms, bfloat16", terms=3, dtype="bfloat16"),
+    case("group 1, head size 96", heads=3, kv_heads=3, head_size=96),
+    case("group 7, head norms", heads=7, kv_heads=1, head_size=128, normalizes=True),
+    case("half of a head rotates", rotary_size=32, normalizes=True),
+    case("no rotation", rotates=False),
+    case("head size 12", head_size=12),
+    case("page size 64, window", page_size=64, sliding_window=50),
+    case("one long lane", (1500,), padding=0),
+    case("long, window, sinks", (1500,), sliding_window=200, sinks=True, padding=0),
+    case("softcap, float16", softcap=2.0, dtype="float16"),
 )
 
 CARRIED = {"k_pages": 1, "v_pages": 2}

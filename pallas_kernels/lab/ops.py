@@ -19,7 +19,7 @@ from pallas_kernels.workload import Cost, LayerShape
 OPS = (
     "add_rms_norm",
     "decode_attention",
-    "decode_chain",
+    "decode_layer",
     "expert_ffn",
     "fused_linear",
     "latent_attention",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from jaxserve.config import DeviceFacts, EngineConfig, ResolvedConfig
 from jaxserve.engine import step as step_module
 from jaxserve.engine.batch import Bucket
 from jaxserve.engine.runner import make_buckets, step_sizes
+from jaxserve.model import one_token
 from jaxserve.sampling.params import SamplingParams
 from tests.helpers.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.helpers.engines import Job, drive, greedy_params, small_llm, tokens_of
@@ -59,7 +61,11 @@ def test_the_buckets_are_few(platform: str) -> None:
 
 def test_steps_of_one_token_may_have_a_shape_of_their_own() -> None:
     config = resolved(256, 8192, "gpu")
-    assert make_buckets(config, "gpu", single=True) == [Bucket(1, 1), *make_buckets(config, "gpu")]
+    one, *others = make_buckets(config, "gpu", single=True)
+    assert (one.lanes, one.tokens) == (1, 1) and others == make_buckets(config, "gpu")
+    # It is for short sequences.
+    assert one.fits(1, 1, one_token.MAX_CONTEXT) and not one.fits(1, 1, one_token.MAX_CONTEXT + 1)
+    assert others[0].fits(1, 1, one_token.MAX_CONTEXT + 1)
 
 
 def test_decoding_wastes_little() -> None:
@@ -94,6 +100,21 @@ def test_the_smallest_ready_bucket_is_taken(llm: LLM) -> None:
     assert runner._choose(1, 2, "greedy")[0] == Bucket(8, 48)
     # With no sampler ready for any, the smallest is compiled.
     assert runner._choose(1, 1, "full")[0] == Bucket(1, 1)
+
+
+def test_a_shape_for_short_sequences_is_left_to_them(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = []
+    choose = llm._runner._choose
+
+    def spied(lanes: int, tokens: int, variant: Any, context: int, largest: bool) -> Any:
+        contexts.append(context)
+        return choose(lanes, tokens, variant, context, largest)
+
+    monkeypatch.setattr(llm._runner, "_choose", spied)
+    llm.generate([[5, 6, 7]], greedy_params(3), use_tqdm=False)
+    assert contexts[:3] == [3, 4, 5]
 
 
 def test_a_prompt_with_more_new_pages_than_a_step_can_enter(

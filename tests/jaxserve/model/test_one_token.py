@@ -1,4 +1,4 @@
-"""A step of one token through the kernel for all products equals one through the halves."""
+"""A step of one token through a kernel for each layer equals one through the halves."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from jaxserve.model.config import (
     RouterSpec,
 )
 from jaxserve.model.inputs import StepInputs
-from pallas_kernels.decode_chain import reference
+from pallas_kernels.decode_layer import reference
 from pallas_kernels.dispatch import CHOOSE, Kernels
 from tests.helpers.dense import PAGE_SIZE, prompt_inputs, zero_cache
 from tests.helpers.lowering import on_abstract
@@ -40,12 +40,19 @@ LAYERS = {
     "a window": dataclasses.replace(
         PLAIN, attention=dataclasses.replace(ATTENTION, sliding_window=16)
     ),
+    "experts": dataclasses.replace(PLAIN, ffn=MoESpec(6, 32, RouterSpec(2))),
+    "Qwen3's experts": dataclasses.replace(
+        PLAIN, ffn=MoESpec(6, 32, RouterSpec(2, normalize=True, scale=0.5))
+    ),
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "a bias behind attention": {"attention": dataclasses.replace(ATTENTION, out_bias=True)},
     "GELU": {"ffn": MLPSpec(96, "gelu")},
     "no gate": {"ffn": MLPSpec(96, "silu", gated=False)},
-    "experts": {"ffn": MoESpec(6, 32, RouterSpec(2))},
+    "a shared expert": {"ffn": MoESpec(6, 32, RouterSpec(2), shared=MLPSpec(32, "silu"))},
+    "a corrected choice": {"ffn": MoESpec(6, 32, RouterSpec(2, correction=True))},
+    "sinks": {"attention": dataclasses.replace(ATTENTION, sinks=True)},
+    "capped scores": {"attention": dataclasses.replace(ATTENTION, softcap=30.0)},
     "LayerNorm": {"norm": NormSpec("layer", 1e-5)},
     "norms behind": {"norm_order": "post"},
     "halves side by side": {"parallel": "one_norm"},
@@ -90,15 +97,15 @@ def last_token(config: ModelConfig, ids: list[int]) -> StepInputs:
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_chain_equals_the_halves(kind: str, tied: bool) -> None:
+def test_one_kernel_equals_the_halves(kind: str, tied: bool) -> None:
     calls = []
 
-    def chain(*args: Any, **kwargs: Any) -> Any:
-        calls.append(args[2].next.shape)
-        return reference.decode_chain(*args, **kwargs)
+    def whole(*args: Any, **kwargs: Any) -> Any:
+        calls.append(args[-1].next.shape)
+        return reference.decode_layer(*args, **kwargs)
 
     config = model(*[LAYERS[kind]] * 3, tied=tied)
-    logits, cache = one_token_step(config, Kernels(decode_chain=chain))
+    logits, cache = one_token_step(config, Kernels(decode_layer=whole))
     assert calls[0] == (2 * 4 * 16, 64) and calls[-1] == (50, 64)  # the head
     plain, plain_cache = one_token_step(config, CHOOSE)
     np.testing.assert_allclose(logits, plain, atol=1e-4)
@@ -107,7 +114,7 @@ def test_the_chain_equals_the_halves(kind: str, tied: bool) -> None:
 
 
 @pytest.mark.parametrize("what", OTHERS)
-def test_layers_that_the_chain_does_not_know_go_through_their_halves(what: str) -> None:
+def test_layers_that_the_kernel_does_not_know_go_through_their_halves(what: str) -> None:
     config = model(PLAIN, dataclasses.replace(PLAIN, **OTHERS[what]))
     assert not one_token.fits(config, CHOOSE, last_token(config, [1, 2]))
 
@@ -124,13 +131,12 @@ def test_so_do_models_with_another_head(changes: dict[str, Any]) -> None:
     assert not one_token.fits(dataclasses.replace(config, **changes), CHOOSE, inputs)
 
 
-def test_someone_elses_kernels_inside_the_chain_are_used() -> None:
+@pytest.mark.parametrize("op", ["paged_attention", "fused_linear", "add_rms_norm", "expert_ffn"])
+def test_someone_elses_kernels_for_a_part_are_used(op: str) -> None:
     config = model(PLAIN)
     inputs = last_token(config, [1, 2])
-    assert one_token.fits(config, Kernels(paged_attention="reference"), inputs)
-    assert not one_token.fits(config, Kernels(fused_linear="reference"), inputs)
-    assert not one_token.fits(config, Kernels(add_rms_norm="reference"), inputs)
-    both = Kernels(fused_linear="reference", decode_chain="reference")
+    assert not one_token.fits(config, Kernels(**{op: "reference"}), inputs)
+    both = Kernels(**{op: "reference"}, decode_layer="reference")
     assert one_token.fits(config, both, inputs)
 
 
@@ -145,7 +151,7 @@ def test_steps_of_one_token_gain_on_hopper_gpus_in_16_bits() -> None:
     with on_abstract("cuda"):
         assert one_token.gains(model(PLAIN), half)
         assert not one_token.gains(model(PLAIN), single)
-        experts = dataclasses.replace(PLAIN, **OTHERS["experts"])
-        assert not one_token.gains(model(PLAIN, experts), half)
+        other = dataclasses.replace(PLAIN, **OTHERS["a shared expert"])
+        assert not one_token.gains(model(PLAIN, other), half)
     with on_abstract("tpu"):
         assert not one_token.gains(model(PLAIN), half)

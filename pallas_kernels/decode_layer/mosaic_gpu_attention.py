@@ -1,0 +1,161 @@
+"""The kernel's first phase: rotation, the write of key and value, and attention.
+
+A worker, which is a consumer with its ring, computes an item: a KV head's queries over a few pages
+of its keys. Each warp has a query or two, and goes through all keys: so warps don't wait for each
+other, and for one token multiplying is no work for the tensor cores. Items leave their results in
+device memory; the last of a head to arrive adds them up in the order of the keys, so that results
+don't depend on timing (log-sum-exp rescaling, FlashDecoding, Dao et al. 2023).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_layer import mosaic_gpu_inline as inline
+from pallas_kernels.decode_layer import mosaic_gpu_ring as ring
+from pallas_kernels.decode_layer.mosaic_gpu_shape import ROWS, Attention, Plan, Shape
+
+
+def _worker(shape: Shape, block: Any, consumer: Any) -> Any:
+    """Neighbours in the order of items are on different multiprocessors."""
+    return consumer * shape.blocks + block.index
+
+
+def tiles(shape: Shape, block: Any, plan: Plan, consumer: int) -> Any:
+    """How many tiles a consumer gets in this phase: two for each page."""
+    worker = _worker(shape, block, consumer)
+
+    def add(i, sum_):
+        return sum_ + 2 * plan.item(shape.attention, worker + i * shape.workers)[3]
+
+    count = plan.items(shape.attention, shape.workers, worker)
+    return lax.fori_loop(0, count, add, jnp.int32(0))
+
+
+def produce(shape: Shape, block: Any, refs: Any, plan: Plan) -> None:
+    """Fetches the pages of the items."""
+    spec, row, consumers = shape.attention, refs.row[0], range(shape.consumers)
+    workers = [_worker(shape, block, consumer) for consumer in consumers]
+    # The consumers' first pages are looked up together.
+    numbers = [refs.page_table[row, _first_page(spec, plan, worker)] for worker in workers]
+    for consumer in consumers:
+        _fetch_pages(shape, block, refs, plan, consumer, workers[consumer], numbers[consumer])
+
+
+def _first_page(spec: Attention, plan: Plan, number: Any) -> Any:
+    """Of an item, if there is one."""
+    return jnp.minimum(plan.item(spec, number)[2], plan.first_page + plan.pages - 1)
+
+
+def _fetch_pages(
+    shape: Shape, block: Any, refs: Any, plan: Plan, consumer: int, worker: Any, number: Any
+) -> None:
+    """Fetches the pages of a consumer's items, of which the first one has that number."""
+    spec, row = shape.attention, refs.row[0]
+
+    def item(i, carry):
+        tile, number = carry
+        own = worker + i * shape.workers
+        head, _, first, pages = plan.item(spec, own)
+
+        def page(p, carry):
+            tile, number = carry
+            # The next page is looked up before this one's slot is waited for.
+            after = _first_page(spec, plan, own + shape.workers)
+            following = refs.page_table[row, jnp.where(p + 1 < pages, first + p + 1, after)]
+            for pool in (refs.k_pages, refs.v_pages):
+                ring.fetch(shape, block, None, consumer, tile, pool.at[number, head])
+                tile = tile + 1
+            return tile, following
+
+        return lax.fori_loop(0, pages, page, (tile, number))
+
+    count = plan.items(spec, shape.workers, worker)
+    lax.fori_loop(0, count, item, (jnp.int32(0), number))
+
+
+def consume(shape: Shape, block: Any, refs: Any, plan: Plan, role: Any) -> None:
+    """Computes the consumer's items."""
+    spec, worker = shape.attention, _worker(shape, block, role)
+
+    def item(i, tile):
+        number = worker + i * shape.workers
+        head, split, first, pages = plan.item(spec, number)
+        turned = block.turned.at[role]
+        cos_sin = (refs.cos, refs.sin) if spec.rotates else ()
+        scales = () if spec.eps is None else (refs.q_scale, refs.k_scale)
+        inline.turn(shape, refs.qkv, head * (spec.group + 2), cos_sin, scales, turned)
+        q = inline.queries(shape, turned)
+        is_last = split == plan.splits - 1
+        pl.when(is_last)(lambda: _write(shape, refs, turned, head))
+
+        def page(p, carry):
+            tile, state = carry
+            state = _page(shape, block, role, plan, q, tile, (first + p) * spec.page_size, state)
+            return tile + 2, state
+
+        def newest(_, state):
+            key, value = (turned.at[pl.ds(ROWS * spec.tiles + i, 1)] for i in range(2))
+            return inline.attend(shape, key, value, q, state, jnp.int32(0), jnp.int32(1))
+
+        tile, state = lax.fori_loop(0, pages, page, (tile, inline.no_state(shape)))
+        state = lax.fori_loop(0, is_last.astype(jnp.int32), newest, state)
+        for t, parts in enumerate(state):
+            for ref, part in zip((refs.tops, refs.totals, refs.sums), parts):
+                ref[number, pl.ds(ROWS * t, ROWS)] = part
+        arrived = block.arrived.at[role]
+        inline.arrive(shape, refs.counters, head, split, plan.splits, arrived)
+        pl.when(arrived[0] == plan.splits - 1)(lambda: _merge(shape, refs, plan, head))
+        plgpu.wait_smem_to_gmem(0)
+        return tile
+
+    lax.fori_loop(0, plan.items(spec, shape.workers, worker), item, jnp.int32(0))
+
+
+def _write(shape: Shape, refs: Any, turned: Any, head: Any) -> None:
+    """Starts to store the new key and value in their pages."""
+    page, slot = refs.page[0], refs.slot[0]
+    plgpu.commit_smem()
+    for i, pool in enumerate((refs.k_pages, refs.v_pages)):
+        source = turned.at[pl.ds(ROWS * shape.attention.tiles + i, 1)]
+        plgpu.copy_smem_to_gmem(source, pool.at[page, head, pl.ds(slot, 1)])
+
+
+def _page(
+    shape: Shape, block: Any, role: Any, plan: Plan, q: Any, tile: Any, start: Any, state: Any
+) -> Any:
+    """The state behind the keys of a page, which begins at the position ``start``."""
+    spec = shape.attention
+    k, v = (ring.receive(shape, block, None, role, tile + i) for i in range(2))
+    low = jnp.clip(plan.first_key - start, 0, spec.page_size)
+    high = jnp.clip(plan.new - start, 0, spec.page_size)
+
+    def some(s, state):
+        own, first = pl.ds(s * spec.keys, spec.keys), s * spec.keys
+        ends = jnp.maximum(low - first, 0), jnp.minimum(high - first, spec.keys)
+        return inline.attend(shape, k.at[own], v.at[own], q, state, *ends)
+
+    end = jnp.where(high > low, lax.div(high + spec.keys - 1, spec.keys), 0)
+    state = lax.fori_loop(lax.div(low, spec.keys), end, some, state)
+    for i in range(2):
+        ring.release(shape, block, role, tile + i)
+    return state
+
+
+def _merge(shape: Shape, refs: Any, plan: Plan, head: Any) -> None:
+    """Adds up the results of a head's items."""
+    at_once = inline.MERGED_AT_ONCE
+
+    def some(i, state):
+        parts = refs.tops, refs.totals, refs.sums
+        return inline.merge(shape, parts, state, head, i * at_once, plan.splits)
+
+    steps = lax.div(plan.splits + at_once - 1, at_once)
+    state = lax.fori_loop(0, steps, some, inline.no_state(shape))
+    inline.store_heads(shape, refs.attended, state, head)
+    inline.signal(shape, refs.counters, 0)
