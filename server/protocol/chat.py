@@ -13,6 +13,7 @@ from jaxserve.errors import InvalidRequestError
 from server.config import ServerConfig
 from server.protocol.fields import (
     Field,
+    Fields,
     boolean,
     choice,
     integer,
@@ -44,19 +45,21 @@ _OWN_TEMPLATE = {"add_generation_prompt", "continue_final_message"}
 
 _TOOLS = "tool calls are not available yet"
 _MEDIA = "the model reads text only"
-_MESSAGE_FIELDS: dict[str, Field] = {
-    "role": choice("Who speaks.", ROLES, "user"),
-    "content": passed_on("A text, or a list of text parts.", {}),
-    "name": text("The speaker's name, for templates that use it.", 256),
-    "tool_call_id": text("The call that a tool's message answers.", 256),
-    "tool_calls": passed_on("The calls of an assistant's message.", {"type": "array"}),
-    "reasoning": passed_on("What the assistant thought.", {"type": "string"}),
-    "reasoning_content": passed_on("The same, by its older name.", {"type": "string"}),
-    "refusal": no_op("Templates have no place for it."),
-    "annotations": no_op("Templates have no place for it."),
-    "function_call": unsupported("use tool_calls"),
-    "audio": unsupported(_MEDIA),
-}
+_MESSAGE_FIELDS = Fields(
+    {
+        "role": choice("Who speaks.", ROLES, "user"),
+        "content": passed_on("A text, or a list of text parts.", {}),
+        "name": text("The speaker's name, for templates that use it.", 256),
+        "tool_call_id": text("The call that a tool's message answers.", 256),
+        "tool_calls": passed_on("The calls of an assistant's message.", {"type": "array"}),
+        "reasoning": passed_on("What the assistant thought.", {"type": "string"}),
+        "reasoning_content": passed_on("The same, by its older name.", {"type": "string"}),
+        "refusal": no_op("Templates have no place for it."),
+        "annotations": no_op("Templates have no place for it."),
+        "function_call": unsupported("use tool_calls"),
+        "audio": unsupported(_MEDIA),
+    }
+)
 TEMPLATE_FIELDS: dict[str, Field] = {
     "messages": passed_on(
         "The conversation so far.",
@@ -74,36 +77,38 @@ TEMPLATE_FIELDS: dict[str, Field] = {
     ),
     "chat_template_kwargs": passed_on("More variables for the template.", {"type": "object"}),
 }
-FIELDS: dict[str, Field] = {
-    **TEMPLATE_FIELDS,
-    **COMMON,
-    "max_tokens": integer("The older name of max_completion_tokens.", 1, MAX_INT32),
-    "max_completion_tokens": integer(
-        "Most tokens to generate; up to the context's end if absent.", 1, MAX_INT32
-    ),
-    "logprobs": boolean("Give log-probabilities."),
-    "top_logprobs": passed_on(
-        "Of this many likeliest tokens; needs logprobs.", {"type": "integer"}
-    ),
-    "echo": unsupported("the messages are not repeated; use continue_final_message", (False,)),
-    "tools": unsupported(_TOOLS),
-    "tool_choice": unsupported(_TOOLS, ("none",)),
-    "parallel_tool_calls": no_op("There are no tool calls yet."),
-    "functions": unsupported(_TOOLS),
-    "function_call": unsupported(_TOOLS, ("none",)),
-    "reasoning_effort": unsupported("pass what the template knows in chat_template_kwargs"),
-    "include_reasoning": unsupported("reasoning is part of the text", (True,)),
-    "documents": unsupported("put them into the messages"),
-    "modalities": unsupported(_MEDIA, (["text"],)),
-    "audio": unsupported(_MEDIA),
-    "media_io_kwargs": unsupported(_MEDIA),
-    "mm_processor_kwargs": unsupported(_MEDIA),
-    "prediction": unsupported("there is no predicted output"),
-    "verbosity": unsupported("say it in the messages", ("medium",)),
-    "web_search_options": unsupported("the server has no access to the web"),
-    "return_prompt_text": unsupported("use /tokenize and /detokenize", (False,)),
-    "return_assistant_tokens_mask": unsupported("use /tokenize", (False,)),
-}
+FIELDS = Fields(
+    {
+        **TEMPLATE_FIELDS,
+        **COMMON,
+        "max_tokens": integer("The older name of max_completion_tokens.", 1, MAX_INT32),
+        "max_completion_tokens": integer(
+            "Most tokens to generate; up to the context's end if absent.", 1, MAX_INT32
+        ),
+        "logprobs": boolean("Give log-probabilities."),
+        "top_logprobs": passed_on(
+            "Of this many likeliest tokens; needs logprobs.", {"type": "integer"}
+        ),
+        "echo": unsupported("the messages are not repeated; use continue_final_message", (False,)),
+        "tools": unsupported(_TOOLS),
+        "tool_choice": unsupported(_TOOLS, ("none",)),
+        "parallel_tool_calls": no_op("There are no tool calls yet."),
+        "functions": unsupported(_TOOLS),
+        "function_call": unsupported(_TOOLS, ("none",)),
+        "reasoning_effort": unsupported("pass what the template knows in chat_template_kwargs"),
+        "include_reasoning": unsupported("reasoning is part of the text", (True,)),
+        "documents": unsupported("put them into the messages"),
+        "modalities": unsupported(_MEDIA, (["text"],)),
+        "audio": unsupported(_MEDIA),
+        "media_io_kwargs": unsupported(_MEDIA),
+        "mm_processor_kwargs": unsupported(_MEDIA),
+        "prediction": unsupported("there is no predicted output"),
+        "verbosity": unsupported("say it in the messages", ("medium",)),
+        "web_search_options": unsupported("the server has no access to the web"),
+        "return_prompt_text": unsupported("use /tokenize and /detokenize", (False,)),
+        "return_assistant_tokens_mask": unsupported("use /tokenize", (False,)),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxserve.errors import InvalidRequestError
 from server.config import ServerConfig
-from server.protocol.fields import Field, boolean, integer, passed_on, read, unsupported, wrong
+from server.protocol.fields import Fields, boolean, integer, passed_on, read, unsupported, wrong
 from server.protocol.sampling import COMMON, MAX_BEST_OF, MAX_INT32, Options, options
 
 Prompt = str | list[int]
@@ -23,24 +23,28 @@ _BEST_OF = integer(
     "Completions generated per prompt, of which the n likeliest are given.", 1, MAX_BEST_OF
 )
 _MAX_TOKENS = "Most tokens to generate"
-FIELDS: dict[str, Field] = {
-    "prompt": _PROMPT,
-    **COMMON,
-    "max_tokens": integer(f"{_MAX_TOKENS}; 16 if absent, 0 only with echo.", 0, MAX_INT32),
-    "best_of": _BEST_OF,
-    "echo": boolean("Begin the text with the prompt."),
-    "logprobs": passed_on(
-        "Log-probabilities of this many likeliest tokens.", {"type": "integer", "minimum": 0}
-    ),
-    "suffix": unsupported("the model can't fill in", ("",)),
-    "add_special_tokens": boolean("Let the tokenizer add the tokens that begin a text.", True),
-}
-GENERATE_FIELDS: dict[str, Field] = {
-    "prompt": _PROMPT,
-    **COMMON,
-    "max_tokens": integer(f"{_MAX_TOKENS}; 16 if absent.", 1, MAX_INT32),
-    "best_of": _BEST_OF,
-}
+FIELDS = Fields(
+    {
+        "prompt": _PROMPT,
+        **COMMON,
+        "max_tokens": integer(f"{_MAX_TOKENS}; 16 if absent, 0 only with echo.", 0, MAX_INT32),
+        "best_of": _BEST_OF,
+        "echo": boolean("Begin the text with the prompt."),
+        "logprobs": passed_on(
+            "Log-probabilities of this many likeliest tokens.", {"type": "integer", "minimum": 0}
+        ),
+        "suffix": unsupported("the model can't fill in", ("",)),
+        "add_special_tokens": boolean("Let the tokenizer add the tokens that begin a text.", True),
+    }
+)
+GENERATE_FIELDS = Fields(
+    {
+        "prompt": _PROMPT,
+        **COMMON,
+        "max_tokens": integer(f"{_MAX_TOKENS}; 16 if absent.", 1, MAX_INT32),
+        "best_of": _BEST_OF,
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)

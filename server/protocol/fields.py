@@ -39,7 +39,13 @@ class Field:
     required: bool = False
 
 
-Fields = Mapping[str, Field]
+class Fields(dict[str, Field]):
+    """The fields that a request may have, by name."""
+
+    def __init__(self, fields: Mapping[str, Field]) -> None:
+        super().__init__(fields)
+        self.defaults = {name: field.default for name, field in fields.items()}
+        self.required = [name for name, field in fields.items() if field.required]
 
 
 def read(fields: Fields, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -51,19 +57,15 @@ def read(fields: Fields, body: Mapping[str, Any]) -> dict[str, Any]:
     for name in body:
         if name not in fields:
             raise _unknown(name, fields)
-    # There are many fields and few in a request, so what is absent may cost no call.
-    return {
-        name: field.default
-        if (value := body.get(name)) is None and not field.required
-        else _value(name, field, value)
-        for name, field in fields.items()
-    }
-
-
-def _value(name: str, field: Field, value: Any) -> Any:
-    if value is None:
-        raise InvalidRequestError(f"{name} is missing; it is required.", name)
-    return field.check(name, value)
+    for name in fields.required:
+        if body.get(name) is None:
+            raise InvalidRequestError(f"{name} is missing; it is required.", name)
+    # There are many fields and few in a request, so what is absent may cost nothing.
+    values = fields.defaults.copy()
+    for name, value in body.items():
+        if value is not None:
+            values[name] = fields[name].check(name, value)
+    return values
 
 
 def _unknown(name: str, fields: Fields) -> InvalidRequestError:
@@ -186,5 +188,4 @@ def object_schema(fields: Fields) -> Schema:
         "properties": {name: {**f.schema, "description": f.doc} for name, f in fields.items()},
         "additionalProperties": False,
     }
-    required = [name for name, field in fields.items() if field.required]
-    return {**schema, "required": required} if required else schema
+    return {**schema, "required": fields.required} if fields.required else schema

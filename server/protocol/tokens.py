@@ -11,7 +11,7 @@ from server.config import ServerConfig
 from server.protocol.chat import TEMPLATE_FIELDS, Conversation, conversation
 from server.protocol.completions import Prompt, prompts
 from server.protocol.fields import (
-    Field,
+    Fields,
     boolean,
     choice,
     no_op,
@@ -23,36 +23,44 @@ from server.protocol.fields import (
 )
 
 _MODEL = text("One of the names that /v1/models lists; the first one if absent.", 1024)
-TOKENIZE_FIELDS: dict[str, Field] = {
-    "model": _MODEL,
-    "prompt": passed_on("A text; or messages.", {"type": "string"}),
-    **TEMPLATE_FIELDS,
-    "messages": passed_on("A conversation, instead of a prompt.", {"type": "array"}),
-    "add_special_tokens": passed_on(
-        "Add the tokens that begin a text; by default for a prompt only.", {"type": "boolean"}
-    ),
-    "return_token_strs": boolean("Give each token as text too."),
-}
-DETOKENIZE_FIELDS: dict[str, Field] = {
-    "model": _MODEL,
-    "tokens": passed_on(
-        "Token ids.", {"type": "array", "items": {"type": "integer", "minimum": 0}}, required=True
-    ),
-}
-EMBEDDING_FIELDS: dict[str, Field] = {
-    "model": _MODEL,
-    "input": passed_on(
-        "A text, a list of texts, a list of token ids, or a list of such lists.",
-        {"oneOf": [{"type": "string"}, {"type": "array"}]},
-        required=True,
-    ),
-    "encoding_format": choice("How numbers are written.", ("float", "base64"), "float"),
-    "pooling": choice("Of the tokens' last hidden states.", ("last", "mean"), "last"),
-    "add_special_tokens": boolean("Let the tokenizer add the tokens that begin a text.", True),
-    "dimensions": unsupported("the model gives vectors of one size"),
-    "user": no_op("An end user's name."),
-    "priority": no_op("Embeddings are computed in the order of their arrival."),
-}
+TOKENIZE_FIELDS = Fields(
+    {
+        "model": _MODEL,
+        "prompt": passed_on("A text; or messages.", {"type": "string"}),
+        **TEMPLATE_FIELDS,
+        "messages": passed_on("A conversation, instead of a prompt.", {"type": "array"}),
+        "add_special_tokens": passed_on(
+            "Add the tokens that begin a text; by default for a prompt only.", {"type": "boolean"}
+        ),
+        "return_token_strs": boolean("Give each token as text too."),
+    }
+)
+DETOKENIZE_FIELDS = Fields(
+    {
+        "model": _MODEL,
+        "tokens": passed_on(
+            "Token ids.",
+            {"type": "array", "items": {"type": "integer", "minimum": 0}},
+            required=True,
+        ),
+    }
+)
+EMBEDDING_FIELDS = Fields(
+    {
+        "model": _MODEL,
+        "input": passed_on(
+            "A text, a list of texts, a list of token ids, or a list of such lists.",
+            {"oneOf": [{"type": "string"}, {"type": "array"}]},
+            required=True,
+        ),
+        "encoding_format": choice("How numbers are written.", ("float", "base64"), "float"),
+        "pooling": choice("Of the tokens' last hidden states.", ("last", "mean"), "last"),
+        "add_special_tokens": boolean("Let the tokenizer add the tokens that begin a text.", True),
+        "dimensions": unsupported("the model gives vectors of one size"),
+        "user": no_op("An end user's name."),
+        "priority": no_op("Embeddings are computed in the order of their arrival."),
+    }
+)
 
 
 @dataclass(frozen=True, kw_only=True)
