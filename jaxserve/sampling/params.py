@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,14 +29,8 @@ MAX_STOP_TOKEN_IDS = 16
 GREEDY_TEMPERATURE = 1e-5
 MIN_TEMPERATURE = 1e-2
 MIN_REPETITION_PENALTY = 1e-2
-OPTIONAL_INTEGERS = (
-    *("seed", "max_tokens", "logprobs", "prompt_logprobs"),
-    "truncate_prompt_tokens",
-)
-FLAGS = (
-    *("ignore_eos", "detokenize", "skip_special_tokens"),
-    *("spaces_between_special_tokens", "include_stop_str_in_output"),
-)
+LISTS = ("stop", "stop_token_ids", "bad_words", "bad_words_token_ids")
+"""What is an empty tuple instead of None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,49 +103,16 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
-        for name in ("n", "top_k", "min_tokens"):
-            check_int(name, getattr(self, name))
-        for name in FLAGS:
-            if not isinstance(getattr(self, name), bool):
-                raise error(name, getattr(self, name), "must be True or False")
-        for name in OPTIONAL_INTEGERS:
-            if getattr(self, name) is not None:
-                check_int(name, getattr(self, name))
-        check_range("n", self.n, 1, MAX_N)
-        if self.top_k < -1 or self.top_k >= 2**31:
-            raise error("top_k", self.top_k, "must be -1 or 0 (off) or a positive 32-bit integer")
-        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
-            set_(name, check_float(name, getattr(self, name)))
-        for name in ("presence_penalty", "frequency_penalty"):
-            set_(name, check_float(name, getattr(self, name)))
-            check_range(name, getattr(self, name), -2, 2)
-        check_range("temperature", self.temperature, 0, 2)
-        check_range("min_p", self.min_p, 0, 1)
-        if not 0 < self.top_p <= 1:
-            raise error("top_p", self.top_p, "must be greater than 0 and at most 1")
-        if self.repetition_penalty < MIN_REPETITION_PENALTY:
-            rule = f"must be at least {MIN_REPETITION_PENALTY}"
-            raise error("repetition_penalty", self.repetition_penalty, rule)
-        if self.seed == -1:
-            set_("seed", None)
-        if self.seed is not None and not -(2**63) <= self.seed < 2**63:
-            raise error("seed", self.seed, "must fit in 64 bits")
-        if self.max_tokens is not None:
-            check_range("max_tokens", self.max_tokens, 1, 2**31 - 1)
-        check_range("min_tokens", self.min_tokens, 0, 2**31 - 1)
+        set_ = functools.partial(object.__setattr__, self)
+        # Few differ from their defaults, and those that don't need no look.
+        given = [(name, value) for name, value in vars(self).items() if value is not _KNOWN[name]]
+        for name, value in given:
+            set_(name, _CHECKS[name](name, value))
+        for name in LISTS:
+            if getattr(self, name) is None:
+                set_(name, ())
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise error("min_tokens", self.min_tokens, f"exceeds max_tokens ({self.max_tokens})")
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(self, name) is not None:
-                check_range(name, getattr(self, name), 0, MAX_LOGPROBS)
-        if self.truncate_prompt_tokens is not None and self.truncate_prompt_tokens != -1:
-            check_range("truncate_prompt_tokens", self.truncate_prompt_tokens, 1, 2**31 - 1)
-        stop = check_texts("stop", self.stop, MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS)
-        ids = check_token_ids("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKEN_IDS)
-        set_("stop", stop)
-        set_("stop_token_ids", ids)
-        self._check_edits(set_)
         if self.stop and not self.detokenize:
             raise error("stop", self.stop, "needs detokenize=True; use stop_token_ids instead")
         if self.temperature < GREEDY_TEMPERATURE:
@@ -159,23 +121,8 @@ class SamplingParams:
                 set_(name, value)
             if self.n > 1:
                 raise error("n", self.n, "must be 1 with greedy sampling (temperature 0)")
-        else:
-            set_("temperature", max(self.temperature, MIN_TEMPERATURE))
-            set_("top_k", max(self.top_k, 0))
-
-    def _check_edits(self, set_: Callable[[str, Any], None]) -> None:
-        """Those that change logits of single tokens."""
-        set_("logit_bias", check_logit_bias(self.logit_bias))
-        if self.allowed_token_ids is not None:
-            allowed = check_token_ids("allowed_token_ids", self.allowed_token_ids)
-            if not allowed:
-                raise error("allowed_token_ids", [], "must hold at least one id")
-            set_("allowed_token_ids", allowed)
-        words = check_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
-        if not all(word.strip() for word in words):
-            raise error("bad_words", words, "must not be blank")
-        set_("bad_words", words)
-        set_("bad_words_token_ids", check_bad_words_token_ids(self.bad_words_token_ids))
+        elif self.temperature < MIN_TEMPERATURE:
+            set_("temperature", MIN_TEMPERATURE)
 
     @property
     def greedy(self) -> bool:
@@ -208,3 +155,117 @@ class SamplingParams:
     def replace(self, **changes: Any) -> SamplingParams:
         """A copy with some fields changed, validated anew."""
         return dataclasses.replace(self, **changes)
+
+
+# --- what each field may hold ---------------------------------------------------------------------
+
+Check = Callable[[str, Any], Any]
+"""From a field's name and value to what it shall hold; raises InvalidRequestError."""
+
+
+def _integer(low: int, high: int = 2**31 - 1) -> Check:
+    def check(name: str, value: Any) -> int:
+        check_int(name, value)
+        check_range(name, value, low, high)
+        return int(value)
+
+    return check
+
+
+def _number(low: float, high: float) -> Check:
+    def check(name: str, value: Any) -> float:
+        number = check_float(name, value)
+        check_range(name, number, low, high)
+        return number
+
+    return check
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise error(name, value, "must be True or False")
+    return value
+
+
+def _top_k(name: str, value: Any) -> int:
+    check_int(name, value)
+    if value < -1 or value >= 2**31:
+        raise error(name, value, "must be -1 or 0 (off) or a positive 32-bit integer")
+    return max(int(value), 0)
+
+
+def _top_p(name: str, value: Any) -> float:
+    number = check_float(name, value)
+    if not 0 < number <= 1:
+        raise error(name, number, "must be greater than 0 and at most 1")
+    return number
+
+
+def _repetition_penalty(name: str, value: Any) -> float:
+    number = check_float(name, value)
+    if number < MIN_REPETITION_PENALTY:
+        raise error(name, number, f"must be at least {MIN_REPETITION_PENALTY}")
+    return number
+
+
+def _seed(name: str, value: Any) -> int | None:
+    check_int(name, value)
+    if not -(2**63) <= value < 2**63:
+        raise error(name, value, "must fit in 64 bits")
+    return None if value == -1 else int(value)
+
+
+def _truncate_prompt_tokens(name: str, value: Any) -> int:
+    check_int(name, value)
+    if value != -1:
+        check_range(name, value, 1, 2**31 - 1)
+    return int(value)
+
+
+def _allowed_token_ids(name: str, value: Any) -> tuple[int, ...]:
+    allowed = check_token_ids(name, value)
+    if not allowed:
+        raise error(name, [], "must hold at least one id")
+    return allowed
+
+
+def _bad_words(name: str, value: Any) -> tuple[str, ...]:
+    words = check_texts(name, value, MAX_BAD_WORDS, MAX_BAD_WORD_CHARS)
+    if not all(word.strip() for word in words):
+        raise error(name, words, "must not be blank")
+    return words
+
+
+_CHECKS: Mapping[str, Check] = {
+    "n": _integer(1, MAX_N),
+    "temperature": _number(0, 2),
+    "top_p": _top_p,
+    "top_k": _top_k,
+    "min_p": _number(0, 1),
+    "repetition_penalty": _repetition_penalty,
+    "presence_penalty": _number(-2, 2),
+    "frequency_penalty": _number(-2, 2),
+    "seed": _optional(_seed),
+    "stop": lambda name, value: check_texts(name, value, MAX_STOP_STRINGS, MAX_STOP_STRING_CHARS),
+    "stop_token_ids": lambda name, value: check_token_ids(name, value, MAX_STOP_TOKEN_IDS),
+    "ignore_eos": _flag,
+    "max_tokens": _optional(_integer(1)),
+    "min_tokens": _integer(0),
+    "logprobs": _optional(_integer(0, MAX_LOGPROBS)),
+    "prompt_logprobs": _optional(_integer(0, MAX_LOGPROBS)),
+    "logit_bias": lambda name, value: check_logit_bias(value),
+    "allowed_token_ids": _optional(_allowed_token_ids),
+    "bad_words": _bad_words,
+    "bad_words_token_ids": lambda name, value: check_bad_words_token_ids(value),
+    "truncate_prompt_tokens": _optional(_truncate_prompt_tokens),
+    "detokenize": _flag,
+    "skip_special_tokens": _flag,
+    "spaces_between_special_tokens": _flag,
+    "include_stop_str_in_output": _flag,
+}
+_KNOWN = {field.name: field.default for field in dataclasses.fields(SamplingParams)}
+"""The defaults, which need no check."""
