@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -21,6 +21,7 @@ CONVERSATION_OPTIONS = {"add_generation_prompt", "continue_final_message"}
 """What conversations that the model's own code makes can be told; see ``jaxserve.vocab``."""
 MAX_CHARACTER_TOKENS = 4
 """A UTF-8 character has at most four bytes, hence at most four byte tokens."""
+Decode = Callable[[list[int], bool], str]
 
 
 class Tokenizer:
@@ -172,21 +173,30 @@ class TextStream:
     """Decodes tokens one by one; text comes out as soon as its characters are whole.
 
     This one works with any tokenizer: it decodes a short window of tokens anew each time.
+
+    Args:
+        decode: makes the text of token ids, without special tokens if told so; by default the
+            tokenizer's.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        skip_special_tokens: bool,
+        decode: Decode | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        self._decode = tokenizer.decode if decode is None else decode
         self._skip = skip_special_tokens
-        self._context, held_back = _whole_characters(tokenizer, prompt_ids, skip_special_tokens)
-        self._pending = held_back
+        self._context, self._pending = _whole_characters(
+            tokenizer, self._decode, prompt_ids, skip_special_tokens
+        )
 
     def feed(self, token_id: int) -> str:
         """The text that a token completes; often a word, sometimes nothing."""
         self._pending.append(token_id)
-        before = self._tokenizer.decode(self._context, self._skip)
-        after = self._tokenizer.decode(self._context + self._pending, self._skip)
+        before = self._decode(self._context, self._skip)
+        after = self._decode(self._context + self._pending, self._skip)
         if after.endswith(REPLACEMENT):
             return ""
         self._context, self._pending = (self._context + self._pending)[-CONTEXT:], []
@@ -195,7 +205,7 @@ class TextStream:
     def flush(self) -> str:
         """What is left when the last token has come: pieces of characters, shown as U+FFFD."""
         pending, self._pending = self._pending, []
-        return self._tokenizer.decode(pending, self._skip) if pending else ""
+        return self._decode(pending, self._skip) if pending else ""
 
 
 class FastTextStream(TextStream):
@@ -208,7 +218,7 @@ class FastTextStream(TextStream):
         prompt_ids: Sequence[int],
         skip_special_tokens: bool,
     ) -> None:
-        super().__init__(tokenizer, prompt_ids, skip_special_tokens)
+        super().__init__(tokenizer, prompt_ids, skip_special_tokens, fast.decode)
         self._fast = fast
         self._stream = self._new_stream(self._context)
         held_back, self._pending = self._pending, []
@@ -251,7 +261,7 @@ def _fast(hf: Any) -> Any:
 
 
 def _whole_characters(
-    tokenizer: Tokenizer, prompt_ids: Sequence[int], skip_special_tokens: bool
+    tokenizer: Tokenizer, decode: Decode, prompt_ids: Sequence[int], skip_special: bool
 ) -> tuple[list[int], list[int]]:
     """The prompt's last tokens as (whole characters, the rest of a character cut in two).
 
@@ -261,7 +271,7 @@ def _whole_characters(
     tail = list(prompt_ids[-(CONTEXT + MAX_CHARACTER_TOKENS) :])
     for cut in range(min(MAX_CHARACTER_TOKENS, len(tail)) + 1):
         whole, rest = tail[: len(tail) - cut], tail[len(tail) - cut :]
-        if not tokenizer.decode(whole, skip_special_tokens).endswith(REPLACEMENT):
+        if not decode(whole, skip_special).endswith(REPLACEMENT):
             return whole[-CONTEXT:], rest
         real = tokenizer.replacement_ids
         if whole[-len(real) :] == real:
