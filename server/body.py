@@ -34,10 +34,12 @@ async def json_object(request: web.Request, config: ServerConfig) -> dict[str, A
         raise ApiError(415, "Compressed bodies are not accepted; send it as it is.")
     if (request.content_length or 0) > config.max_body_bytes:
         raise _too_large(config)
-    is_here = request.content.is_eof()  # a timer costs as much as reading it
     try:
-        async with asyncio.timeout(None if is_here else config.read_timeout_s):
+        if request.content.is_eof():  # it is here already: a timer costs as much as reading it
             body = await request.read()
+        else:
+            async with asyncio.timeout(config.read_timeout_s):
+                body = await request.read()
     except web.HTTPRequestEntityTooLarge:
         raise _too_large(config) from None
     except TimeoutError:
