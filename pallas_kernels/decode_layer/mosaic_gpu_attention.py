@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode_layer import mosaic_gpu_heads as heads
 from pallas_kernels.decode_layer import mosaic_gpu_inline as inline
 from pallas_kernels.decode_layer import mosaic_gpu_ring as ring
 from pallas_kernels.decode_layer.mosaic_gpu_shape import ROWS, Attention, Plan, Shape
@@ -89,8 +90,8 @@ def consume(shape: Shape, block: Any, refs: Any, plan: Plan, role: Any) -> None:
         turned = block.turned.at[role]
         cos_sin = (refs.cos, refs.sin) if spec.rotates else ()
         scales = () if spec.eps is None else (refs.q_scale, refs.k_scale)
-        inline.turn(shape, refs.qkv, head * (spec.group + 2), cos_sin, scales, turned)
-        q = inline.queries(shape, turned)
+        heads.turn(shape, refs.qkv, head * (spec.group + 2), cos_sin, scales, turned)
+        q = heads.queries(shape, turned)
         is_last = split == plan.splits - 1
         pl.when(is_last)(lambda: _write(shape, refs, turned, head))
 
@@ -101,9 +102,9 @@ def consume(shape: Shape, block: Any, refs: Any, plan: Plan, role: Any) -> None:
 
         def newest(_, state):
             key, value = (turned.at[pl.ds(ROWS * spec.tiles + i, 1)] for i in range(2))
-            return inline.attend(shape, key, value, q, state, jnp.int32(0), jnp.int32(1))
+            return heads.attend(shape, key, value, q, state, jnp.int32(0), jnp.int32(1))
 
-        tile, state = lax.fori_loop(0, pages, page, (tile, inline.no_state(shape)))
+        tile, state = lax.fori_loop(0, pages, page, (tile, heads.no_state(shape)))
         state = lax.fori_loop(0, is_last.astype(jnp.int32), newest, state)
         for t, parts in enumerate(state):
             for ref, part in zip((refs.tops, refs.totals, refs.sums), parts):
@@ -138,7 +139,7 @@ def _page(
     def some(s, state):
         own, first = pl.ds(s * spec.keys, spec.keys), s * spec.keys
         ends = jnp.maximum(low - first, 0), jnp.minimum(high - first, spec.keys)
-        return inline.attend(shape, k.at[own], v.at[own], q, state, *ends)
+        return heads.attend(shape, k.at[own], v.at[own], q, state, *ends)
 
     end = jnp.where(high > low, lax.div(high + spec.keys - 1, spec.keys), 0)
     state = lax.fori_loop(lax.div(low, spec.keys), end, some, state)
@@ -149,13 +150,13 @@ def _page(
 
 def _merge(shape: Shape, refs: Any, plan: Plan, head: Any) -> None:
     """Adds up the results of a head's items."""
-    at_once = inline.MERGED_AT_ONCE
+    at_once = heads.MERGED_AT_ONCE
 
     def some(i, state):
         parts = refs.tops, refs.totals, refs.sums
-        return inline.merge(shape, parts, state, head, i * at_once, plan.splits)
+        return heads.merge(shape, parts, state, head, i * at_once, plan.splits)
 
     steps = lax.div(plan.splits + at_once - 1, at_once)
-    state = lax.fori_loop(0, steps, some, inline.no_state(shape))
-    inline.store_heads(shape, refs.attended, state, head)
+    state = lax.fori_loop(0, steps, some, heads.no_state(shape))
+    heads.store_heads(shape, refs.attended, state, head)
     inline.signal(shape, refs.counters, 0)

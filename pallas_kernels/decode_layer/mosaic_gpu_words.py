@@ -1,0 +1,163 @@
+"""Short words for Mosaic GPU's own arrays, of which Pallas' inline parts are made.
+
+Inline parts take no scalars: they come as vectors of one element for each row of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu.fragmented_array import Tiling
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_layer.mosaic_gpu_shape import LINE, ROWS, Shape
+
+# The dialects that Mosaic GPU is written in.
+arith, ir, llvm = mgpu.utils.arith, mgpu.utils.ir, mgpu.utils.llvm
+memref, vector = mgpu.utils.memref, mgpu.utils.vector
+
+REF = plgpu.RefType()
+
+
+def by_tile(width: int, vector: int) -> Any:
+    """The registers' layout of a tile whose rows consist of lines of that width: a warp has a row,
+    a thread ``vector`` elements of each line."""
+    tiling = Tiling(((ROWS, width), (vector,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(-3,), lane_dims=(-2,), vector_dim=-1)
+
+
+BY_ROW = by_tile(LINE, LINE // 32).reduce((1,))
+"""Of a vector with one element for each row of a tile."""
+
+
+def by_head(size: int) -> Any:
+    """Of a tile of queries, or of what belongs to them."""
+    return by_tile(size, size // 32)
+
+
+def scalars(*values: Any) -> tuple[jax.Array, ...]:
+    """int32 scalars as vectors [ROWS]."""
+    return tuple(plgpu.layout_cast(jnp.full((ROWS,), value, jnp.int32), BY_ROW) for value in values)
+
+
+def constant(shape: Shape, value: float, size: int = 0) -> jax.Array:
+    """A float32 vector [ROWS], or a tile [ROWS, size], that holds one value."""
+    extent = (ROWS, size) if size else (ROWS,)
+    array = jnp.full(extent, value, jnp.float32)
+    return array if shape.interpret else plgpu.layout_cast(array, by_head(size) if size else BY_ROW)
+
+
+def row_type(dtype: Any) -> plgpu.ShapeDtypeStruct:
+    return plgpu.ShapeDtypeStruct((ROWS,), dtype, layout=BY_ROW)
+
+
+def elements(register: ir.Value) -> list[ir.Value]:
+    """A vector's elements."""
+    [length] = ir.VectorType(register.type).shape
+    return [
+        vector.extract(register, dynamic_position=[], static_position=[i]) for i in range(length)
+    ]
+
+
+def packed(elements: Sequence[ir.Value]) -> ir.Value:
+    """The elements as a vector."""
+    kind = ir.VectorType.get((len(elements),), elements[0].type)
+    return vector.from_elements(kind, elements)
+
+
+def with_registers(array: Any, registers: Sequence[ir.Value]) -> Any:
+    """An array like that one, of other registers."""
+    own = np.empty_like(array.registers)
+    own.flat[:] = registers
+    return mgpu.FragmentedArray(_registers=own, _layout=array.layout, _is_signed=array.is_signed)
+
+
+def mma(
+    kind: str, a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """A warp's product of fragments of 16 x 16 and 16 x 8 elements, added to one of 16 x 8 (PTX
+    ISA, Matrix Fragments for mma.m16n8k16)."""
+    f32 = ir.F32Type.get()
+    code = (
+        f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+        " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+    )
+    struct = llvm.StructType.get_literal([f32] * 4)
+    sums: Any = llvm.inline_asm(struct, [*a, *b, *c], code, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f")
+    return [llvm.extractvalue(f32, sums, [i]) for i in range(4)]
+
+
+def to_index(value: ir.Value) -> ir.Value:
+    return arith.index_cast(ir.IndexType.get(), value)
+
+
+def int32(value: int) -> ir.Value:
+    return mgpu.c(value, ir.IntegerType.get_signless(32))
+
+
+def scalar_of(values: Any) -> ir.Value:
+    """What all elements of a vector [ROWS] are."""
+    register = values.registers.flat[0]
+    if not isinstance(register.type, ir.VectorType):
+        return register
+    return vector.extract(register, dynamic_position=[], static_position=[0])
+
+
+def warp_number() -> ir.Value:
+    """The warp's number in its warpgroup."""
+    return arith.remui(mgpu.warp_idx(), int32(4))
+
+
+def where(condition: ir.Value, x: Any, otherwise: float) -> Any:
+    """x if the condition holds, else a constant everywhere."""
+    [length] = ir.VectorType(x.registers.flat[0].type).shape
+    kind = ir.VectorType.get((length,), x.mlir_dtype)
+    other = vector.broadcast(kind, mgpu.c(otherwise, x.mlir_dtype))
+    registers = np.empty_like(x.registers)
+    for index, register in np.ndenumerate(x.registers):
+        registers[index] = arith.select(condition, register, other)
+    return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=x.is_signed)
+
+
+def row_pointer(ref: Any, index: Sequence[Any], length: int, spread: bool) -> ir.Value:
+    """Where a thread's ``length`` elements lie in a row that begins at ``index``; if it isn't
+    spread over the threads, all have the same."""
+    kind = ir.IndexType.get()
+    places = [
+        mgpu.c(at, kind) if isinstance(at, int) else arith.index_cast(kind, at) for at in index
+    ]
+    if spread:
+        lane = arith.remui(mgpu.thread_idx(), int32(32))
+        own = arith.index_cast(kind, arith.muli(lane, int32(length)))
+        places[-1] = arith.addi(places[-1], own)
+    return mgpu.utils.memref_ptr(mgpu.memref_slice(ref, tuple(places)))
+
+
+def load_row(
+    ref: Any, index: Sequence[Any], size: int, layout: Any, shape: tuple[int, ...] | None = None
+) -> Any:
+    """A row of ``size`` elements, one vector for each thread; of one element, which each warp may
+    have at another place, it is a vector of that ``shape``."""
+    length = layout.vector_length
+    kind = ir.VectorType.get((length,), ir.MemRefType(ref.type).element_type)
+    registers = np.empty(layout.registers_shape(shape or (size,)), dtype=object)
+    assert registers.size == 1
+    registers.flat[0] = llvm.load(kind, row_pointer(ref, index, length, size > 1))
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+
+def load_rows(layout: Any, shape: tuple[int, int]) -> Callable[[Any, Sequence[Any]], Any]:
+    """Loads a tile whose rows begin at an index that each warp knows for its own row."""
+    return lambda ref, index: load_row(ref, index, shape[1], layout, shape)
+
+
+def store_rows(tile: Any, ref: Any, index: Sequence[Any]) -> None:
+    """Stores a tile whose rows go where each warp wants its own to go."""
+    (register,) = tile.registers.flat
+    length = tile.layout.vector_length
+    llvm.store(register, row_pointer(ref, index, length, spread=True))
