@@ -21,7 +21,7 @@ from jaxserve.distributed import TENSOR
 from jaxserve.engine import batch, prompt_reads
 from jaxserve.engine.batch import Bucket, Layout
 from jaxserve.engine.lowered import LoweredPrograms, register
-from jaxserve.model import decoder, kv_cache, one_token
+from jaxserve.model import decoder, kv_cache
 from jaxserve.model.config import ModelConfig
 from jaxserve.model.kv_cache import KVCache
 from jaxserve.sampling import edits
@@ -147,10 +147,9 @@ class StepPrograms:
     def urgent_keys(self) -> Iterable[Hashable]:
         """One decoding bucket and one for prompts: with them, some request can be served."""
         mixed = next(bucket for bucket in self._layouts if not bucket.decode_only)
-        decoding = [bucket for bucket in self._layouts if bucket.decode_only]
-        if one_token.gains(self._model, self._params["embed/tokens"].dtype):
-            decoding = decoding[1:] or decoding  # the program of one token is one more
-        for bucket in (mixed, decoding[0]):
+        # Not one for some requests only, which is one more.
+        every = (bucket for bucket in self._layouts if bucket.context is None)
+        for bucket in (mixed, next(bucket for bucket in every if bucket.decode_only)):
             yield ("forward", bucket)
             yield chooser(bucket.lanes, "greedy")
             yield chooser(bucket.lanes, "sample")

@@ -89,11 +89,9 @@ def attend(
     k_pages, v_pages = cache
     if spec.qkv_bias:
         qkv = qkv.sum(0, keepdims=True) + params["qkv_bias"]
-    head_norm = None
-    if spec.qk_norm is not None and spec.qk_norm.kind == "layer":
+    head_norm = rms_head_norm(spec, params)
+    if spec.qk_norm is not None and head_norm is None:
         qkv = _normalize_heads(spec.qk_norm, params["qk_norm/scale"], qkv, dtype)
-    elif spec.qk_norm is not None:
-        head_norm = HeadNorm(params["q_norm/scale"], params["k_norm/scale"], spec.qk_norm.eps)
     place = inputs.write_page, inputs.write_slot
     own: dict[str, Any] = {
         "scale": spec.scale,
@@ -127,6 +125,13 @@ def attend(
         **own,
     )
     return o.reshape(-1, *params["out"].shape[1:]), (k_pages, v_pages)
+
+
+def rms_head_norm(spec: AttentionSpec, params: Params) -> HeadNorm | None:
+    """The RMSNorm over each query and key head; None if there is none, or another norm."""
+    if spec.qk_norm is None or spec.qk_norm.kind != "rms":
+        return None
+    return HeadNorm(params["q_norm/scale"], params["k_norm/scale"], spec.qk_norm.eps)
 
 
 def _joins(spec: AttentionSpec, kernels: Kernels, qkv: jax.Array, inputs: StepInputs) -> bool:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxserve.distributed import tensor_parallel_size
-from jaxserve.model import rope
+from jaxserve.model import attention, rope
 from jaxserve.model.config import AttentionSpec, LayerSpec, MLPSpec, ModelConfig, MoESpec
 from jaxserve.model.inputs import StepInputs
 from jaxserve.model.kv_cache import KVCache, LayerCache
@@ -18,9 +18,8 @@ from jaxserve.quant import linear
 from pallas_kernels.add_rms_norm import RMSNorm
 from pallas_kernels.arithmetic import rms_norm
 from pallas_kernels.decode_layer import Experts, GatedMLP, LayerWeights, decode_layer
-from pallas_kernels.dispatch import Kernels
+from pallas_kernels.dispatch import CHOOSE, Kernels
 from pallas_kernels.lowering import hopper_cores
-from pallas_kernels.rope_kv_write import HeadNorm
 
 MAX_CONTEXT = 4096
 """Tokens of a sequence up to which steps take this way: its attention goes through the keys more
@@ -41,7 +40,7 @@ def fits(config: ModelConfig, kernels: Kernels, inputs: StepInputs) -> bool:
     """Whether ``forward`` may be tried. Not where somebody wants other kernels for a layer's
     parts."""
     one = inputs.token_ids.shape[0] == 1 and inputs.attention.row.shape[0] == 1
-    own = kernels.decode_layer or kernels == Kernels()
+    own = kernels.decode_layer or kernels == CHOOSE
     return bool(one and own) and tensor_parallel_size() == 1 and _is_plain(config)
 
 
@@ -137,9 +136,6 @@ def _layer(
     assert isinstance(spec, AttentionSpec)  # said by ``fits``
     if spec.qkv_bias:
         qkv = qkv + own["qkv_bias"]
-    head_norm = None
-    if spec.qk_norm is not None:
-        head_norm = HeadNorm(own["q_norm/scale"], own["k_norm/scale"], spec.qk_norm.eps)
     hidden = x.shape[1]
     weights = LayerWeights(
         own["out"].reshape(hidden, -1),
@@ -153,7 +149,7 @@ def _layer(
         x,
         qkv,
         cos_sin,
-        head_norm,
+        attention.rms_head_norm(spec, own),
         k_pages,
         v_pages,
         inputs.write_page,

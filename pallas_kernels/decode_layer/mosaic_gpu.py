@@ -8,7 +8,7 @@ do the rest. Between two phases they wait until all blocks have stored their par
 the next phase needs.
 
 Four rows of a weight are a tile, and four units' rows of gate and up are one. Each warp has a row,
-or one of each, and its threads sum what they load: no warp waits for another one, and no product
+or one of each, and multiplies what its threads load: no warp waits for another one, and no product
 needs a second pass over its result.
 
 Blocks count their arrivals in an array that is zero before and after: nobody else sees it change,
@@ -104,7 +104,7 @@ def decode_layer(
         "k_pages": jax.new_ref(k_pages, memory_space=plgpu.GMEM),
         "v_pages": jax.new_ref(v_pages, memory_space=plgpu.GMEM),
     }
-    outputs = _outputs(shape, x)
+    outputs = _outputs(shape)
     results = _call(shape, inputs, outputs)
     named = dict(zip(outputs, results, strict=True))
     pages = inputs["k_pages"][...], inputs["v_pages"][...]
@@ -156,9 +156,10 @@ def _shape(
     x: jax.Array,
     interpret: Any,
 ) -> Shape:
-    """
+    """What the kernel is specialised for.
+
     Raises:
-        NotImplementedError: the kernel isn't made for such a shape.
+        NotImplementedError: it isn't made for such a shape.
     """
     _, _, kv_heads, parts, size = qkv.shape
     page_size = k_pages.shape[2]
@@ -221,13 +222,13 @@ def _cut(weights: LayerWeights) -> tuple[Product, ...]:
     return tuple(products)
 
 
-def _outputs(shape: Shape, x: jax.Array) -> dict[str, jax.ShapeDtypeStruct]:
+def _outputs(shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
     """All that the kernel stores in device memory, by name, but for the pages."""
     spec, products = shape.attention, shape.products
     items = spec.kv_heads * max_splits(spec, shape.workers)
     rows = ROWS * spec.tiles
     own, wide = shape.dtype, jnp.float32
-    hidden, last = x.shape[1], products[-1].outputs
+    hidden, last = products[0].outputs, products[-1].outputs
     sizes: dict[str, tuple[tuple[int, ...], Any]] = {
         "tops": ((items, rows), wide),
         "totals": ((items, rows), wide),

@@ -1,8 +1,8 @@
 """The kernel's first phase: rotation, the write of key and value, and attention.
 
 A worker, which is a consumer with its ring, computes an item: a KV head's queries over a few pages
-of its keys. Each warp has a query or two, and goes through all keys: so warps don't wait for each
-other, and for one token multiplying is no work for the tensor cores. Items leave their results in
+of its keys. Each warp has a query or two, and goes through all keys, so warps don't wait for each
+other. Items leave their results in
 device memory; the last of a head to arrive adds them up in the order of the keys, so that results
 don't depend on timing (log-sum-exp rescaling, FlashDecoding, Dao et al. 2023).
 """

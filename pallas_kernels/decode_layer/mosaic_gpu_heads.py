@@ -18,6 +18,7 @@ from pallas_kernels.arithmetic import rms_norm
 from pallas_kernels.decode_layer import mosaic_gpu_words as words
 from pallas_kernels.decode_layer.mosaic_gpu_shape import ROWS, Shape
 from pallas_kernels.decode_layer.mosaic_gpu_words import arith, ir
+from pallas_kernels.rope_kv_write.reference import rotate
 
 LOWEST = -1e30  # of a score: less than any, but no infinity, whose differences are no numbers
 MERGED_AT_ONCE = 12  # items' results whose loads are in flight together
@@ -37,7 +38,8 @@ def turn(
         if scales:
             parts = [rms_norm(p, s[...], eps) for p, s in zip(parts, scales)]
         if cos_sin:
-            parts = [_rotated(part, *(ref[...] for ref in cos_sin)) for part in parts]
+            angles = tuple(ref[...][None] for ref in cos_sin)
+            parts = [rotate(part[None], angles)[0] for part in parts]
         more = [parts[0][group - 1 :]] * (ROWS * tiles - group)
         turned[...] = jnp.concatenate([parts[0], *more, parts[1], x[group + 1 :]])
         return
@@ -144,12 +146,13 @@ def attend(
         seen = (low <= number) & (number < high)
         key = jnp.where(seen[:, None], k[...], 0).astype(jnp.float32)
         value = jnp.where(seen[:, None], v[...], 0).astype(jnp.float32)
-        scores = [jnp.where(seen, tile @ key.T, LOWEST) for tile in q]
-        parts = [(s.max(1), s) for s in scores]
-        return tuple(
-            _joined_jnp(one, top, jnp.where(seen, jnp.exp2(s - top[:, None]), 0), value)
-            for one, (top, s) in zip(state, parts)
-        )
+        parts = []
+        for tile in q:
+            scores = jnp.where(seen, tile @ key.T, LOWEST)
+            top = scores.max(1)
+            weights = jnp.where(seen, jnp.exp2(scores - top[:, None]), 0)
+            parts.append((top, weights.sum(1), weights @ value))
+        return tuple(_merged_jnp(one, *part) for one, part in zip(state, parts))
     layout: Any = words.by_head(spec.size).to_mgpu()
 
     def row(ref: Any, index: Any) -> Any:
@@ -200,15 +203,6 @@ def _weighed(top, new_top, total, sums, weights, totals, values, layout) -> Any:
     return new_top, total, sums
 
 
-def _joined_jnp(state: Any, top: Any, weights: Any, values: Any) -> Any:
-    """A tile's state behind more keys: their highest score, and weights relative to that."""
-    old_top, total, sums = state
-    new_top = jnp.maximum(old_top, top)
-    old, new = jnp.exp2(old_top - new_top), jnp.exp2(top - new_top)
-    total = total * old + weights.sum(1) * new
-    return new_top, total, sums * old[:, None] + (weights * new[:, None]) @ values
-
-
 def merge(
     shape: Shape, parts: Sequence[Any], state: State, head: Any, first: Any, splits: Any
 ) -> State:
@@ -221,22 +215,18 @@ def merge(
             there = first + i < splits
             number = split * spec.kv_heads + head
 
-            def own(ref: Any, t: int, number: Any = number) -> jax.Array:
-                return ref[number, pl.ds(ROWS * t, ROWS)]
+            def own(t: int, number: Any = number, there: Any = there) -> list[jax.Array]:
+                stored = (ref[number, pl.ds(ROWS * t, ROWS)] for ref in parts)
+                return [jnp.where(there, x, none) for x, none in zip(stored, (LOWEST, 0, 0))]
 
-            state = tuple(
-                _merged_jnp(one, [own(ref, t) for ref in parts], there)
-                for t, one in enumerate(state)
-            )
+            state = tuple(_merged_jnp(one, *own(t)) for t, one in enumerate(state))
         return state
     layout: Any = words.by_head(spec.size).to_mgpu()
     narrow, load = layout.reduce((1,)), words.load_rows(layout, (ROWS, spec.size))
 
     def step(ctx, tops, totals, sums, state, head, first, splits):
-        head, first, splits, warp = (
-            *map(words.scalar_of, (head, first, splits)),
-            words.warp_number(),
-        )
+        head, first, splits = map(words.scalar_of, (head, first, splits))
+        warp = words.warp_number()
         numbers, there = [], []
         for i in range(MERGED_AT_ONCE):
             split = arith.addi(first, words.int32(i))
@@ -248,7 +238,7 @@ def merge(
             return words.load_row(ref, (number, row), 1, narrow, (ROWS,))
 
         merged = []
-        for t, one in enumerate(state):
+        for t, (top, total, summed) in enumerate(state):
             row = arith.addi(warp, words.int32(ROWS * t))
             own = [
                 words.where(is_there, column(tops, number, row), LOWEST)
@@ -256,15 +246,12 @@ def merge(
             ]
             counts = [column(totals, number, row) for number in numbers]
             values = [load(sums, (number, row, 0)) for number in numbers]
-            new_top = functools.reduce(lambda a, b: a.max(b), own, one[0])
+            new_top = functools.reduce(lambda a, b: a.max(b), own, top)
             weights = [
-                words.where(is_there, (top - new_top).exp2(approx=True), 0.0)
-                for top, is_there in zip(own, there)
+                words.where(is_there, (one - new_top).exp2(approx=True), 0.0)
+                for one, is_there in zip(own, there)
             ]
-            _, before, summed = one
-            merged.append(
-                _weighed(one[0], new_top, before, summed, weights, counts, values, layout)
-            )
+            merged.append(_weighed(top, new_top, total, summed, weights, counts, values, layout))
         return tuple(merged)
 
     return _with_state(shape, step, (words.REF, words.REF, words.REF), 3)(
@@ -272,17 +259,12 @@ def merge(
     )
 
 
-def _merged_jnp(state: Any, result: list[Any], there: Any) -> Any:
-    """The state with an item's result, if there is one."""
-    top, total, sums = result
+def _merged_jnp(state: Any, top: jax.Array, total: jax.Array, sums: jax.Array) -> Any:
+    """A tile's state with that of other keys."""
     old_top, old_total, old_sums = state
-    new_top = jnp.maximum(old_top, jnp.where(there, top, LOWEST))
-    old, new = jnp.exp2(old_top - new_top), jnp.where(there, jnp.exp2(top - new_top), 0)
-    return (
-        new_top,
-        old_total * old + total * new,
-        old_sums * old[:, None] + jnp.where(there, sums, 0) * new[:, None],
-    )
+    new_top = jnp.maximum(old_top, top)
+    old, new = jnp.exp2(old_top - new_top), jnp.exp2(top - new_top)
+    return new_top, old_total * old + total * new, old_sums * old[:, None] + sums * new[:, None]
 
 
 def _with_state(shape: Shape, step: Callable, before: tuple, count: int) -> Callable:
@@ -324,9 +306,3 @@ def store_heads(shape: Shape, attended: Any, state: State, head: Any) -> None:
     layouts = (words.BY_ROW, words.BY_ROW, words.by_head(size))
     types = (words.REF, (layouts,) * spec.tiles, words.BY_ROW)
     plgpu.inline_mgpu(arg_types=types)(store)(attended, state, *words.scalars(head))
-
-
-def _rotated(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=1)
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(turned, 1).astype(x.dtype)

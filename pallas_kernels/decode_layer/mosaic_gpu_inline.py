@@ -71,9 +71,7 @@ def total(shape: Shape, sums: jax.Array) -> jax.Array:
     if shape.interpret:
         return sums.sum(1)
 
-    @plgpu.inline_mgpu(
-        arg_types=(words.by_tile(FRAGMENT, 4),), return_type=words.row_type(jnp.float32)
-    )
+    @plgpu.inline_mgpu(arg_types=(words.by_tile(FRAGMENT, 4),), return_type=words.ROW)
     def total(ctx, sums):
         lane = arith.remui(mgpu.thread_idx(), words.int32(32))
         row, column = arith.divui(lane, words.int32(4)), arith.remui(lane, words.int32(4))
@@ -125,7 +123,7 @@ def rows_of(shape: Shape, vector: Any, rows: Any) -> jax.Array:
     if shape.interpret:
         return vector[rows].astype(jnp.float32)
 
-    @plgpu.inline_mgpu(arg_types=(words.REF,), return_type=words.row_type(jnp.float32))
+    @plgpu.inline_mgpu(arg_types=(words.REF,), return_type=words.ROW)
     def load(ctx, vector):
         layout: Any = words.BY_ROW.to_mgpu()
         own = mgpu.FragmentedArray.load_untiled(vector, layout=layout, optimized=False)

@@ -6,6 +6,7 @@ its barrier says when it is full, another one when it is free again.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from jax import lax
@@ -62,7 +63,5 @@ def _place(shape: Shape, block: Any, product: Product | None, consumer: Any, til
         return block.ring[which].at[consumer, slot]
     spec = shape.attention
     size = (spec.page_size, spec.size) if product is None else product.tile
-    lines = 1
-    for extent in size:
-        lines *= extent
-    return block.ring.at[consumer, slot, pl.ds(0, lines // LINE)].reshape(size)
+    lines = math.prod(size) // LINE
+    return block.ring.at[consumer, slot, pl.ds(0, lines)].reshape(size)

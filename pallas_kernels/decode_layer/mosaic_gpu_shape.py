@@ -178,7 +178,7 @@ class Shape(NamedTuple):
         eps: of the two norms.
         top_k, normalize, scale: of the experts' choice; top_k is 0 without experts.
         blocks, consumers: of the grid, and of a block.
-        interpret: the interpreter's settings; None on a GPU.
+        interpret: the interpreter's settings; False on a GPU.
     """
 
     dtype: Any

@@ -33,6 +33,8 @@ def by_tile(width: int, vector: int) -> Any:
 
 BY_ROW = by_tile(LINE, LINE // 32).reduce((1,))
 """Of a vector with one element for each row of a tile."""
+ROW = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=BY_ROW)
+"""The type of such a vector of float32."""
 
 
 def by_head(size: int) -> Any:
@@ -50,10 +52,6 @@ def constant(shape: Shape, value: float, size: int = 0) -> jax.Array:
     extent = (ROWS, size) if size else (ROWS,)
     array = jnp.full(extent, value, jnp.float32)
     return array if shape.interpret else plgpu.layout_cast(array, by_head(size) if size else BY_ROW)
-
-
-def row_type(dtype: Any) -> plgpu.ShapeDtypeStruct:
-    return plgpu.ShapeDtypeStruct((ROWS,), dtype, layout=BY_ROW)
 
 
 def elements(register: ir.Value) -> list[ir.Value]:
@@ -118,10 +116,7 @@ def where(condition: ir.Value, x: Any, otherwise: float) -> Any:
     [length] = ir.VectorType(x.registers.flat[0].type).shape
     kind = ir.VectorType.get((length,), x.mlir_dtype)
     other = vector.broadcast(kind, mgpu.c(otherwise, x.mlir_dtype))
-    registers = np.empty_like(x.registers)
-    for index, register in np.ndenumerate(x.registers):
-        registers[index] = arith.select(condition, register, other)
-    return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=x.is_signed)
+    return with_registers(x, [arith.select(condition, own, other) for own in x.registers.flat])
 
 
 def row_pointer(ref: Any, index: Sequence[Any], length: int, spread: bool) -> ir.Value:
