@@ -29,7 +29,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_layer import mosaic_gpu_attention as attention
-from pallas_kernels.decode_layer import mosaic_gpu_inline as inline
+from pallas_kernels.decode_layer import mosaic_gpu_choice as choice
+from pallas_kernels.decode_layer import mosaic_gpu_dot as dot
+from pallas_kernels.decode_layer import mosaic_gpu_exchange as exchange
 from pallas_kernels.decode_layer import mosaic_gpu_ring as ring
 from pallas_kernels.decode_layer.mosaic_gpu_shape import (
     CONSUMERS,
@@ -100,6 +102,7 @@ def decode_layer(
         "row": batch.row,
         # One array: of two that are alike XLA makes one.
         "counters": jnp.zeros(shape.waits + 1 + spec.kv_heads, jnp.int32),
+        **({} if interpret else _exchanged(shape)),
         **{f"weight {i}": _lines(w) for i, w in enumerate(_matrices(weights))},
         "k_pages": jax.new_ref(k_pages, memory_space=plgpu.GMEM),
         "v_pages": jax.new_ref(v_pages, memory_space=plgpu.GMEM),
@@ -108,7 +111,7 @@ def decode_layer(
     results = _call(shape, inputs, outputs)
     named = dict(zip(outputs, results, strict=True))
     pages = inputs["k_pages"][...], inputs["v_pages"][...]
-    return named["stream"][None], named["y"][None], *pages
+    return named["new_x"][None], named["y"][None], *pages
 
 
 def _call(shape: Shape, inputs: dict[str, Any], outputs: dict[str, Any]) -> Sequence[jax.Array]:
@@ -123,6 +126,10 @@ def _call(shape: Shape, inputs: dict[str, Any], outputs: dict[str, Any]) -> Sequ
     def body(*refs: Any) -> None:
         named = dict(zip((*inputs, *outputs), refs, strict=True))
         weights = [named.pop(f"weight {i}") for i in range(len(shape.products))]
+        start = 0
+        for name, size in shape.exchanged.items():
+            named[name] = named["vectors"].at[pl.ds(start, size)]
+            start += size
         run = functools.partial(_kernel, shape, types.SimpleNamespace(weights=weights, **named))
         pl.run_scoped(run, collective_axes="role", **shared_memory(shape))
 
@@ -233,15 +240,22 @@ def _outputs(shape: Shape) -> dict[str, jax.ShapeDtypeStruct]:
         "tops": ((items, rows), wide),
         "totals": ((items, rows), wide),
         "sums": ((items, rows, spec.size), wide),
-        "attended": ((products[0].inputs,), own),
-        "h": ((hidden,), own),
-        "gated": ((products[-2].vector,), own),
-        "stream": ((hidden,), own),
+        "new_x": ((hidden,), own),
         "y": ((last,), wide),
     }
+    outputs = {name: jax.ShapeDtypeStruct(*size) for name, size in sizes.items()}
+    if shape.interpret:  # it stores in outputs only
+        outputs |= jax.eval_shape(lambda: _exchanged(shape))
+    return outputs
+
+
+def _exchanged(shape: Shape) -> dict[str, jax.Array]:
+    """What ``exchange`` is about: all vectors of the kernel's dtype, and the experts' logits. They
+    are empty before and after, so they are constants for XLA, as the counters are."""
+    arrays = {"vectors": exchange.empty(sum(shape.exchanged.values()), shape.dtype)}
     if shape.top_k:
-        sizes["logits"] = ((products[1].outputs,), wide)
-    return {name: jax.ShapeDtypeStruct(*size) for name, size in sizes.items()}
+        arrays["logits"] = exchange.empty(shape.products[1].outputs, jnp.float32)
+    return arrays
 
 
 # --- the kernel -----------------------------------------------------------------------------------
@@ -262,13 +276,13 @@ def _kernel(shape: Shape, refs: Any, **scratch: Any) -> None:
         for consumer, count in enumerate(tiles[-1]):
             ring.drain(shape, block, consumer, count)
         plgpu.barrier_wait(block.passed)
-        inline.clear(shape, refs.counters)
+        exchanged = [refs.vectors, *([refs.logits] if shape.top_k else [])]
+        exchange.restore(shape, refs.counters, exchanged, block.arrived.at[shape.consumers])
 
     @pl.when(role < shape.consumers)
     def _():
         _set_registers(shape, CONSUMER_REGISTERS, "increase")
         attention.consume(shape, block, refs, plan, role)
-        inline.wait(shape, refs.counters, 0, shape.attention.kv_heads)
         _multiply_all(shape, block, refs, role, [_pick(role, before) for before in tiles])
 
 
@@ -278,15 +292,18 @@ def _set_registers(shape: Shape, count: int, action: str) -> None:
 
 
 def _tiles_before(shape: Shape, block: Any, plan: Plan) -> list[list[Any]]:
-    """For each product and behind the last one, how many tiles came before for each consumer."""
+    """For each product and behind the last one, how many tiles came before for each consumer, but
+    for those that are held."""
     consumers = range(shape.consumers)
     tiles = [[attention.tiles(shape, block, plan, consumer) for consumer in consumers]]
     for product in shape.products:
+        held = shape.held if product is shape.products[-1] else 0
         counts = (
-            product.share(block.index, shape.blocks, consumer, shape.consumers)
+            product.chunks * product.share(block.index, shape.blocks, consumer, shape.consumers)
             for consumer in consumers
         )
-        tiles.append([sum_ + n * product.chunks for sum_, n in zip(tiles[-1], counts)])
+        own = [jnp.maximum(count - held, 0) if held else count for count in counts]
+        tiles.append([sum_ + count for sum_, count in zip(tiles[-1], own)])
     return tiles
 
 
@@ -299,14 +316,35 @@ def _pick(index: Any, values: Sequence[Any]) -> Any:
 
 
 def _produce_all(shape: Shape, block: Any, refs: Any, tiles: list[list[Any]]) -> None:
-    for number, (product, weight, before) in enumerate(zip(shape.products, refs.weights, tiles)):
+    held, last = shape.held, len(shape.products) - 1
+    for number, product in enumerate(shape.products):
         if product.chosen and not shape.products[number - 1].chosen:
             plgpu.barrier_wait(block.chosen)
-        _produce(shape, block, product, weight, before)
+        share = product.share(block.index, shape.blocks)
+        stop = lax.div(share + shape.consumers - 1, shape.consumers) * product.chunks
+        start = held if number == last else 0
+
+        def in_turn(consumer: int, tile: Any, number: int = number, start: int = start) -> Any:
+            return tiles[number][consumer] + tile - start
+
+        _produce(shape, block, product, refs.weights[number], start, stop, in_turn)
+        if number == 0 and held:
+            product, weight = shape.products[-1], refs.weights[-1]
+            _produce(shape, block, product, weight, 0, held, lambda _, tile: -1 - tile)
 
 
-def _produce(shape: Shape, block: Any, product: Product, weight: Any, before: list[Any]) -> None:
-    """Fetches the block's tiles of a weight [experts, parts, outputs, lines, LINE]."""
+def _produce(
+    shape: Shape,
+    block: Any,
+    product: Product,
+    weight: Any,
+    start: int,
+    stop: Any,
+    number_of: Callable,
+) -> None:
+    """Fetches the block's tiles of a weight [experts, parts, outputs, lines, LINE]: of each
+    consumer's those from ``start`` to ``stop``, whose numbers in the rings are
+    ``number_of(consumer, tile)``."""
     lines = product.chunk // LINE
     share = product.share(block.index, shape.blocks)
 
@@ -323,26 +361,29 @@ def _produce(shape: Shape, block: Any, product: Product, weight: Any, before: li
                 expert = block.experts[0, which] if product.chosen else 0
                 rows, columns = pl.ds(row, product.rows), pl.ds(own * lines, lines)
                 source = weight.at[expert, :, rows, columns]
-                ring.fetch(shape, block, product, consumer, before[consumer] + i, source)
+                ring.fetch(shape, block, product, consumer, number_of(consumer, i), source)
 
-    turns = lax.div(share + shape.consumers - 1, shape.consumers)
-    lax.fori_loop(0, turns * product.chunks, fetch, None)
+    lax.fori_loop(start, stop, fetch, None)
 
 
 def _multiply_all(shape: Shape, block: Any, refs: Any, role: Any, tiles: list[Any]) -> None:
     """The products, and what is between them."""
-    vector = block.vector.at[role]
-    bring = functools.partial(inline.bring, shape, vector, block.scratch.at[role])
-    met = iter(range(1, shape.waits))
+    last = len(shape.products) - 1
 
-    def meet() -> None:
-        number = next(met)
-        inline.signal(shape, refs.counters, number)
-        inline.wait(shape, refs.counters, number, shape.workers)
+    def bring(number: int, *vector: Any) -> None:
+        """Waits for the signals of a number, and brings the vector that they are about."""
+        count = shape.workers if number else shape.attention.kv_heads
+        exchange.wait(shape, refs.counters, number, count)
+        exchange.bring(shape, block.vector.at[role], block.scratch.at[role], *vector)
 
-    def multiply(which: int, out: Any, finish: Callable, begin: Callable = lambda rows: None):
-        which %= len(shape.products)
-        _consume(shape, block, role, shape.products[which], tiles[which], out, begin, finish)
+    def choose() -> None:
+        exchange.wait(shape, refs.counters, 2, shape.workers)
+        choice.choose(shape, refs.logits, block.experts.at[role], block.shares.at[role])
+        plgpu.barrier_arrive(block.chosen)
+
+    def bring_stream() -> None:
+        bring(last, refs.stream, refs.next_scale, shape.eps[1])
+        plgpu.barrier_arrive(block.passed)
 
     def gate(unit, _, gate, up):
         return up * gate / (1 + jnp.exp(-gate))
@@ -354,30 +395,25 @@ def _multiply_all(shape: Shape, block: Any, refs: Any, role: Any, tiles: list[An
     def only(unit, _, sum_):
         return sum_
 
-    def add_to(stream: Any) -> tuple[Callable, Callable]:
-        # Loaded before the sums are known, lest they wait for it.
-        return lambda unit, old, sum_: old + sum_, lambda rows: inline.rows_of(shape, stream, rows)
+    def add(unit, old, sum_):
+        return old.astype(jnp.float32) + sum_
 
-    bring(refs.attended)
-    multiply(0, refs.h, *add_to(refs.x))
-    meet()
-    bring(refs.h, refs.scale, shape.eps[0])
+    def multiply(which: int, ready: Callable, outs: Sequence, finish: Callable, old: Any = None):
+        product = shape.products[which]
+        _consume(shape, block, role, product, tiles[which], ready, outs, finish, old)
+        if which < last:
+            exchange.signal(shape, refs.counters, which + 1)
+
+    bring_h = functools.partial(bring, 1, refs.h, refs.scale, shape.eps[0])
+    multiply(0, lambda: bring(0, refs.attended), [refs.h], add, refs.x)
     if shape.top_k:
-        multiply(1, refs.logits, only)
-        meet()
-        own = (ref.at[role] for ref in (block.logits, block.experts, block.shares))
-        inline.choose(shape, refs.logits, *own)
-        plgpu.barrier_arrive(block.chosen)
-        multiply(2, refs.gated, weighed_gate)
+        multiply(1, bring_h, [refs.logits], only)
+        multiply(2, choose, [refs.gated], weighed_gate)
     else:
-        multiply(1, refs.gated, gate)
-    meet()
-    bring(refs.gated)
-    multiply(-2, refs.stream, *add_to(refs.h))
-    meet()
-    plgpu.barrier_arrive(block.passed)
-    bring(refs.stream, refs.next_scale, shape.eps[1])
-    multiply(-1, refs.y, only)
+        multiply(1, bring_h, [refs.gated], gate)
+    streams = [refs.stream, refs.new_x]
+    multiply(last - 1, lambda: bring(last - 1, refs.gated), streams, add, refs.h)
+    multiply(last, bring_stream, [refs.y], only)
 
 
 def _consume(
@@ -386,37 +422,56 @@ def _consume(
     role: Any,
     product: Product,
     before: Any,
-    out: Any,
-    begin: Callable,
+    ready: Callable,
+    outs: Sequence[Any],
     finish: Callable,
+    old: Any,
 ) -> None:
-    """Multiplies the consumer's units of a product, and stores
-    ``finish(unit, begin(rows), *sums)`` of each four rows."""
+    """Multiplies the consumer's units of a product, when ``ready`` has brought the inputs, and
+    stores ``finish(unit, old, *sums)`` of each four rows, with what stands there in ``old``."""
     vector, parts, stack = block.vector.at[role], product.parts, product.stack
+    held = shape.held if product is shape.products[-1] else 0
+    count = product.share(block.index, shape.blocks, role, shape.consumers)
 
-    def unit(i, carry):
+    def unit_of(i: Any) -> Any:
         nth = i * shape.consumers + role
-        unit = product.first(block.index, shape.blocks) + nth * shape.blocks
-        rows = [pl.ds(unit * product.rows + ROWS * n, ROWS) for n in range(stack)]
-        begun = [begin(own) for own in rows]
+        return product.first(block.index, shape.blocks) + nth * shape.blocks
+
+    def rows_of(unit: Any) -> list[Any]:
+        return [pl.ds(unit * product.rows + ROWS * n, ROWS) for n in range(stack)]
+
+    def load(i: Any) -> list[jax.Array]:
+        """What stands in ``old``, also of no unit."""
+        if old is None:
+            return []
+        unit = jnp.minimum(unit_of(i), product.units - 1)
+        return [exchange.rows_of(shape, old, own) for own in rows_of(unit)]
+
+    def unit(i, olds):
+        following, unit = load(i + 1), unit_of(i)  # loaded early, lest anything waits for them
 
         def add(chunk, sums):
-            number = before + i * product.chunks + chunk
+            number = i * product.chunks + chunk
+            after = before + number - held
+            number = jnp.where(number < held, -1 - number, after) if held else after
             inputs = vector.at[pl.ds(chunk * product.chunk, product.chunk)]
             tile = ring.receive(shape, block, product, role, number)
             pieces = [
                 tile.at[part, pl.ds(ROWS * n, ROWS)] for n in range(stack) for part in range(parts)
             ]
-            sums = tuple(inline.dot(shape, own, inputs, sum_) for own, sum_ in zip(pieces, sums))
-            ring.release(shape, block, role, number)
+            sums = tuple(dot.dot(shape, own, inputs, sum_) for own, sum_ in zip(pieces, sums))
+            ring.release(shape, block, product, role, number)
             return sums
 
-        none = (inline.no_sums(shape),) * (parts * stack)
+        none = (dot.no_sums(shape),) * (parts * stack)
         sums = lax.fori_loop(0, product.chunks, add, none)
-        totals = [inline.total(shape, sum_) for sum_ in sums]
-        for n, own in enumerate(rows):
-            done = finish(unit, begun[n], *totals[n * parts : (n + 1) * parts])
-            out[own] = done.astype(out.dtype)
+        totals = [dot.total(shape, sum_) for sum_ in sums]
+        for n, own in enumerate(rows_of(unit)):
+            done = finish(unit, olds[n] if olds else None, *totals[n * parts : (n + 1) * parts])
+            for out in outs:
+                exchange.put(shape, out, own, done)
+        return following
 
-    count = product.share(block.index, shape.blocks, role, shape.consumers)
-    lax.fori_loop(0, count, unit, None)
+    first = load(0)
+    ready()
+    lax.fori_loop(0, count, unit, first)

@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode_layer import mosaic_gpu_exchange as exchange
 from pallas_kernels.decode_layer import mosaic_gpu_heads as heads
-from pallas_kernels.decode_layer import mosaic_gpu_inline as inline
 from pallas_kernels.decode_layer import mosaic_gpu_ring as ring
 from pallas_kernels.decode_layer.mosaic_gpu_shape import ROWS, Attention, Plan, Shape
 
@@ -110,7 +110,7 @@ def consume(shape: Shape, block: Any, refs: Any, plan: Plan, role: Any) -> None:
             for ref, part in zip((refs.tops, refs.totals, refs.sums), parts):
                 ref[number, pl.ds(ROWS * t, ROWS)] = part
         arrived = block.arrived.at[role]
-        inline.arrive(shape, refs.counters, head, split, plan.splits, arrived)
+        exchange.arrive(shape, refs.counters, head, split, plan.splits, arrived)
         pl.when(arrived[0] == plan.splits - 1)(lambda: _merge(shape, refs, plan, head))
         plgpu.wait_smem_to_gmem(0)
         return tile
@@ -144,7 +144,7 @@ def _page(
     end = jnp.where(high > low, lax.div(high + spec.keys - 1, spec.keys), 0)
     state = lax.fori_loop(lax.div(low, spec.keys), end, some, state)
     for i in range(2):
-        ring.release(shape, block, role, tile + i)
+        ring.release(shape, block, None, role, tile + i)
     return state
 
 
@@ -159,4 +159,4 @@ def _merge(shape: Shape, refs: Any, plan: Plan, head: Any) -> None:
     steps = lax.div(plan.splits + at_once - 1, at_once)
     state = lax.fori_loop(0, steps, some, heads.no_state(shape))
     heads.store_heads(shape, refs.attended, state, head)
-    inline.signal(shape, refs.counters, 0)
+    exchange.signal(shape, refs.counters, 0)

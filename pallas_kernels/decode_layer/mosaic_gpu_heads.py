@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -282,17 +283,19 @@ def _with_state(shape: Shape, step: Callable, before: tuple, count: int) -> Call
 
 
 def store_heads(shape: Shape, attended: Any, state: State, head: Any) -> None:
-    """Stores a head's result in the vector of all heads' queries."""
+    """Stores a head's result in the vector of all heads' queries, which is one of those that are
+    exchanged."""
     spec = shape.attention
     group, size = spec.group, spec.size
     if shape.interpret:
         rows = jnp.concatenate([sums / total[:, None] for _, total, sums in state])[:group]
-        attended[pl.ds(head * group * size, group * size)] = rows.reshape(-1).astype(shape.dtype)
+        bits = lax.bitcast_convert_type(rows.reshape(-1).astype(shape.dtype), attended.dtype)
+        attended[pl.ds(head * group * size, group * size)] = bits
         return
     layout: Any = words.by_head(size).to_mgpu()
 
     def store(ctx, attended, state, head):
-        narrow = ir.MemRefType(attended.type).element_type
+        narrow = mgpu.utils.dtype_to_ir_type(jnp.dtype(shape.dtype))
         first = arith.muli(words.scalar_of(head), words.int32(group))
         for t, (_, total, sums) in enumerate(state):
             out = (sums / total.broadcast_in_dim(sums.shape, (0,), layout)).astype(narrow)

@@ -1,7 +1,8 @@
 """The rings of shared memory through which a block's producer hands tiles to its consumers.
 
 Each consumer has a ring of slots. A tile, counted from the kernel's begin, goes into the next slot;
-its barrier says when it is full, another one when it is free again.
+its barrier says when it is full, another one when it is free again. Tiles that are held until the
+last product have slots of their own behind the ring's, and negative numbers: -1 is the first one.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -21,26 +23,29 @@ def fetch(
 ) -> None:
     """Lets the copy engine bring a consumer's next tile, as soon as its slot is free; ``product``
     is None for a page."""
-    at = _barrier(shape, consumer, tile)
+    slot = _slot(shape, product, tile)
+    at = _barrier(shape, consumer, slot)
 
     @pl.when(tile >= shape.slots)
     def _():
         plgpu.barrier_wait(block.free.at[at])
 
     plgpu.copy_gmem_to_smem(
-        source, _place(shape, block, product, consumer, tile), block.full.at[at]
+        source, _place(shape, block, product, consumer, slot), block.full.at[at]
     )
 
 
 def receive(shape: Shape, block: Any, product: Product | None, consumer: Any, tile: Any) -> Any:
     """Waits for a tile, and gives its memory."""
-    plgpu.barrier_wait(block.full.at[_barrier(shape, consumer, tile)])
-    return _place(shape, block, product, consumer, tile)
+    slot = _slot(shape, product, tile)
+    plgpu.barrier_wait(block.full.at[_barrier(shape, consumer, slot)])
+    return _place(shape, block, product, consumer, slot)
 
 
-def release(shape: Shape, block: Any, consumer: Any, tile: Any) -> None:
+def release(shape: Shape, block: Any, product: Product | None, consumer: Any, tile: Any) -> None:
     """Says that a tile is no longer needed."""
-    plgpu.barrier_arrive(block.free.at[_barrier(shape, consumer, tile)])
+    slot = _slot(shape, product, tile)
+    plgpu.barrier_arrive(block.free.at[_barrier(shape, consumer, slot)])
 
 
 def drain(shape: Shape, block: Any, consumer: Any, tiles: Any) -> None:
@@ -49,15 +54,20 @@ def drain(shape: Shape, block: Any, consumer: Any, tiles: Any) -> None:
 
         @pl.when(tiles > slot)
         def _(slot: int = slot) -> None:
-            plgpu.barrier_wait(block.free.at[consumer * shape.slots + slot])
+            plgpu.barrier_wait(block.free.at[_barrier(shape, consumer, slot)])
 
 
-def _barrier(shape: Shape, consumer: Any, tile: Any) -> Any:
-    return consumer * shape.slots + lax.rem(tile, shape.slots)
+def _slot(shape: Shape, product: Product | None, tile: Any) -> Any:
+    if not shape.held or product is not shape.products[-1]:
+        return lax.rem(tile, shape.slots)
+    return jnp.where(tile < 0, shape.slots - 1 - tile, lax.rem(tile, shape.slots))
 
 
-def _place(shape: Shape, block: Any, product: Product | None, consumer: Any, tile: Any) -> Any:
-    slot = lax.rem(tile, shape.slots)
+def _barrier(shape: Shape, consumer: Any, slot: Any) -> Any:
+    return consumer * (shape.slots + shape.held) + slot
+
+
+def _place(shape: Shape, block: Any, product: Product | None, consumer: Any, slot: Any) -> Any:
     if shape.interpret:
         which = -1 if product is None else shape.products.index(product)
         return block.ring[which].at[consumer, slot]

@@ -16,7 +16,8 @@ TILE = 8192  # most elements of a tile; they have two bytes
 MAX_MEMORY = 226 << 10  # bytes of a block's arrays; there is 1 KiB more, for its barriers
 SCRATCH = 128  # float32 numbers, for sums across the warps of a consumer
 HEAD_SIZES = (64, 128, 256)
-MAX_EXPERTS = 128  # one for each thread of a consumer
+MAX_EXPERTS = 128  # four for each thread of a warp
+HELD = 3  # tiles of a consumer that are fetched while experts are chosen
 MIN_PAGES = 2  # of a worker's share of the keys: what results cost to merge
 
 
@@ -202,6 +203,13 @@ class Shape(NamedTuple):
         return len(self.products)
 
     @property
+    def exchanged(self) -> dict[str, int]:
+        """The vectors that blocks exchange, by name, and their sizes."""
+        out, last = self.products[0], self.products[-2]
+        sizes = {"attended": out.inputs, "h": out.outputs}
+        return sizes | {"gated": last.vector, "stream": last.outputs}
+
+    @property
     def widest(self) -> int:
         """Inputs of the widest product."""
         return max(product.vector for product in self.products)
@@ -212,16 +220,26 @@ class Shape(NamedTuple):
         return ROWS * self.attention.tiles + 2
 
     @property
+    def held(self) -> int:
+        """Tiles of the last product that each consumer gets early, in slots of their own: the
+        memory has nothing else to do until the experts are chosen."""
+        return HELD if self.top_k and self._slots >= 2 * HELD else 0
+
+    @property
     def slots(self) -> int:
-        """Tiles of a consumer's ring."""
+        """Slots of a consumer's ring, behind which are those of the tiles that are held."""
+        return self._slots - self.held
+
+    @property
+    def _slots(self) -> int:
         other = 2 * (self.widest + self.turned * self.attention.size) + 4 * SCRATCH
-        other += 4 * (MAX_EXPERTS + 2 * self.top_k + 8)
+        other += 4 * (2 * self.top_k + 8)
         return (MAX_MEMORY // self.consumers - other) // (2 * TILE)
 
 
 def shared_memory(shape: Shape) -> dict[str, Any]:
     """The arrays of a block and the barriers that guard them."""
-    consumers, slots, spec = shape.consumers, shape.slots, shape.attention
+    consumers, spec, slots = shape.consumers, shape.attention, shape.slots + shape.held
     ring: Any = plgpu.SMEM((consumers, slots, TILE // LINE, LINE), shape.dtype)
     if shape.interpret:  # it can't copy to a part of an array in another shape
         tiles = [*(product.tile for product in shape.products), (spec.page_size, spec.size)]
@@ -231,14 +249,13 @@ def shared_memory(shape: Shape) -> dict[str, Any]:
         "vector": plgpu.SMEM((consumers, shape.widest), shape.dtype),
         "turned": plgpu.SMEM((consumers, shape.turned, spec.size), shape.dtype),
         "scratch": plgpu.SMEM((consumers, SCRATCH), jnp.float32),
-        "arrived": plgpu.SMEM((consumers, 4), jnp.int32),
+        "arrived": plgpu.SMEM((consumers + 1, 4), jnp.int32),
         "full": plgpu.Barrier(num_barriers=consumers * slots),
         "free": plgpu.Barrier(num_barriers=consumers * slots),
         "passed": plgpu.Barrier(num_arrivals=consumers),
     }
     if shape.top_k:
         memory |= {
-            "logits": plgpu.SMEM((consumers, MAX_EXPERTS), jnp.float32),
             "experts": plgpu.SMEM((consumers, shape.top_k), jnp.int32),
             "shares": plgpu.SMEM((consumers, shape.top_k), jnp.float32),
             "chosen": plgpu.Barrier(num_arrivals=consumers),

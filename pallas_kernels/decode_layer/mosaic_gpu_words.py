@@ -75,6 +75,25 @@ def with_registers(array: Any, registers: Sequence[ir.Value]) -> Any:
     return mgpu.FragmentedArray(_registers=own, _layout=array.layout, _is_signed=array.is_signed)
 
 
+def statement(operands: Sequence[ir.Value], code: str, constraints: str) -> None:
+    """PTX without a result."""
+    kind: Any = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(kind, operands, code, constraints, has_side_effects=True)
+
+
+def several(
+    count: int, operands: Sequence[ir.Value], code: str, constraints: str
+) -> list[ir.Value]:
+    """PTX that gives so many words, which are its first operands."""
+    i32 = ir.IntegerType.get_signless(32)
+    outputs = ",".join(["=r"] * count)
+    kind: Any = i32 if count == 1 else llvm.StructType.get_literal([i32] * count)
+    result: Any = llvm.inline_asm(
+        kind, operands, code, f"{outputs},{constraints}", has_side_effects=True
+    )
+    return [result] if count == 1 else [llvm.extractvalue(i32, result, [i]) for i in range(count)]
+
+
 def mma(
     kind: str, a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]
 ) -> list[ir.Value]:

@@ -1,0 +1,86 @@
+"""The product of tiles and a vector, on the tensor cores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_layer import mosaic_gpu_words as words
+from pallas_kernels.decode_layer.mosaic_gpu_shape import LINE, ROWS, Shape
+from pallas_kernels.decode_layer.mosaic_gpu_words import arith, int32, ir, llvm
+
+FRAGMENT = LINE  # sums of a warp's row: eight of each thread
+
+
+def no_sums(shape: Shape) -> jax.Array:
+    """Before the first tile of a unit: see ``dot``."""
+    return words.constant(shape, 0, FRAGMENT)
+
+
+def dot(shape: Shape, tile: Any, inputs: Any, sums: jax.Array) -> jax.Array:
+    """Adds a tile [ROWS, lines, LINE] times a vector to the sums [ROWS, FRAGMENT], of which
+    ``total`` gives the rows'.
+
+    The tensor cores' instruction multiplies 16 x 16 by 16 x 8 elements: the eight that a thread
+    loads of its warp's row count as parts of two rows, and the vector's eight elements at the same
+    place as parts of two columns; so what is wanted is the diagonal of the result. What stands
+    beside it is added up too: to clear it would take as long as the products.
+    """
+    if shape.interpret:
+        rows = tile[...].reshape(ROWS, -1).astype(jnp.float32)
+        more = rows * inputs[...].astype(jnp.float32)
+        return sums + more.reshape(ROWS, -1, FRAGMENT).sum(1)
+    layout = words.by_tile(FRAGMENT, 8)
+    kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(shape.dtype).name]
+
+    @plgpu.inline_mgpu(
+        arg_types=(words.REF, words.REF, layout),
+        return_type=plgpu.ShapeDtypeStruct((ROWS, FRAGMENT), jnp.float32, layout=layout),
+    )
+    def dot(ctx, tile, inputs, sums):
+        _, lines, _ = ir.MemRefType(tile.type).shape
+        pointers = (
+            words.row_pointer(tile, (words.warp_number(), 0, 0), 8, True),
+            words.row_pointer(inputs, (0,), 8, True),
+        )
+        element = ir.MemRefType(tile.type).element_type
+        four_words = ir.VectorType.get((4,), ir.IntegerType.get_signless(32))
+        own = words.elements(sums.registers.flat[0])
+        first, second = own[:4], own[4:]
+        for line in range(lines):
+            places = (mgpu.utils.getelementptr(p, [line * LINE], element) for p in pointers)
+            w, x = (words.elements(llvm.load(four_words, place)) for place in places)
+            first = words.mma(kind, w, (x[0], x[2]), first)
+            second = words.mma(kind, w, (x[1], x[3]), second)
+        return words.with_registers(sums, [words.packed([*first, *second])])
+
+    return dot(tile, inputs, sums)
+
+
+def total(shape: Shape, sums: jax.Array) -> jax.Array:
+    """What the sums of ``dot`` are in all, float32 [ROWS]."""
+    if shape.interpret:
+        return sums.sum(1)
+
+    @plgpu.inline_mgpu(arg_types=(words.by_tile(FRAGMENT, 8),), return_type=words.ROW)
+    def total(ctx, sums):
+        lane = arith.remui(mgpu.thread_idx(), int32(32))
+        row, column = arith.divui(lane, int32(4)), arith.remui(lane, int32(4))
+        a, b, _, _, _, _, c, d = words.elements(sums.registers.flat[0])
+        odd = arith.trunci(ir.IntegerType.get_signless(1), row)
+        own = arith.select(odd, arith.addf(b, d), arith.addf(a, c))
+        has = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(row, int32(2)), column)
+        sum_ = arith.select(has, own, mgpu.c(0.0, ir.F32Type.get()))
+        for distance in (1, 2, 4, 8, 16):
+            sum_ = arith.addf(sum_, mgpu.utils.shfl_bfly(sum_, distance))
+        layout: Any = words.BY_ROW.to_mgpu()
+        registers = np.empty(layout.registers_shape((ROWS,)), dtype=object)
+        registers.flat[0] = words.packed([sum_])
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+
+    return total(sums)
