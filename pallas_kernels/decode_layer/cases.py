@@ -56,6 +56,7 @@ CASES = (
     _case("widths that are no powers of two", 333, heads=20, hidden=768, ffn=1792, outputs=1156),
     _case("cut rows everywhere", 300, heads=32, head_size=128, hidden=2560, ffn=3072, outputs=64),
     _case("group 7, head norms", 700, heads=28, kv_heads=4, head_size=128, normalizes=True),
+    _case("group 20", 333, heads=40, head_size=64, hidden=512),
     _case("group 1, no rotation", 48, heads=4, kv_heads=4, rotates=False),
     _case("page size 64, window", 1500, page_size=64, sliding_window=200),
     _case("window of one token", 50, sliding_window=1),

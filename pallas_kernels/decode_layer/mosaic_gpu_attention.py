@@ -1,10 +1,9 @@
 """The kernel's first phase: rotation, the write of key and value, and attention.
 
 A worker, which is a consumer with its ring, computes an item: a KV head's queries over a few pages
-of its keys. Each warp has a query or two, and goes through all keys, so warps don't wait for each
-other. Items leave their results in
-device memory; the last of a head to arrive adds them up in the order of the keys, so that results
-don't depend on timing (log-sum-exp rescaling, FlashDecoding, Dao et al. 2023).
+of its keys. Items leave their results in device memory, where they are added up for each query head
+in the order of the keys, so that results don't depend on timing (log-sum-exp rescaling,
+FlashDecoding, Dao et al. 2023). Workers who had no item do that first.
 """
 
 from __future__ import annotations
@@ -16,10 +15,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.decode_layer import mosaic_gpu_attend as attend
 from pallas_kernels.decode_layer import mosaic_gpu_exchange as exchange
 from pallas_kernels.decode_layer import mosaic_gpu_heads as heads
 from pallas_kernels.decode_layer import mosaic_gpu_ring as ring
-from pallas_kernels.decode_layer.mosaic_gpu_shape import ROWS, Attention, Plan, Shape
+from pallas_kernels.decode_layer.mosaic_gpu_shape import KEYS, ROWS, Attention, Plan, Shape
 
 
 def _worker(shape: Shape, block: Any, consumer: Any) -> Any:
@@ -91,31 +91,24 @@ def consume(shape: Shape, block: Any, refs: Any, plan: Plan, role: Any) -> None:
         cos_sin = (refs.cos, refs.sin) if spec.rotates else ()
         scales = () if spec.eps is None else (refs.q_scale, refs.k_scale)
         heads.turn(shape, refs.qkv, head * (spec.group + 2), cos_sin, scales, turned)
-        q = heads.queries(shape, turned)
+        q = attend.queries(shape, turned)
         is_last = split == plan.splits - 1
         pl.when(is_last)(lambda: _write(shape, refs, turned, head))
 
         def page(p, carry):
             tile, state = carry
-            state = _page(shape, block, role, plan, q, tile, (first + p) * spec.page_size, state)
+            start = (first + p) * spec.page_size
+            state = _page(shape, block, role, plan, q, turned, tile, start, state)
             return tile + 2, state
 
-        def newest(_, state):
-            key, value = (turned.at[pl.ds(ROWS * spec.tiles + i, 1)] for i in range(2))
-            return heads.attend(shape, key, value, q, state, jnp.int32(0), jnp.int32(1))
-
-        tile, state = lax.fori_loop(0, pages, page, (tile, heads.no_state(shape)))
-        state = lax.fori_loop(0, is_last.astype(jnp.int32), newest, state)
-        for t, parts in enumerate(state):
-            for ref, part in zip((refs.tops, refs.totals, refs.sums), parts):
-                ref[number, pl.ds(ROWS * t, ROWS)] = part
-        arrived = block.arrived.at[role]
-        exchange.arrive(shape, refs.counters, head, split, plan.splits, arrived)
-        pl.when(arrived[0] == plan.splits - 1)(lambda: _merge(shape, refs, plan, head))
+        tile, state = lax.fori_loop(0, pages, page, (tile, attend.no_state(shape)))
+        attend.store(shape, refs, number, state)
+        exchange.signal(shape, refs.counters, shape.waits + head)
         plgpu.wait_smem_to_gmem(0)
         return tile
 
     lax.fori_loop(0, plan.items(spec, shape.workers, worker), item, jnp.int32(0))
+    _merge(shape, refs, plan, shape.workers - 1 - worker)
 
 
 def _write(shape: Shape, refs: Any, turned: Any, head: Any) -> None:
@@ -128,35 +121,48 @@ def _write(shape: Shape, refs: Any, turned: Any, head: Any) -> None:
 
 
 def _page(
-    shape: Shape, block: Any, role: Any, plan: Plan, q: Any, tile: Any, start: Any, state: Any
+    shape: Shape,
+    block: Any,
+    role: Any,
+    plan: Plan,
+    q: Any,
+    turned: Any,
+    tile: Any,
+    start: Any,
+    state: Any,
 ) -> Any:
     """The state behind the keys of a page, which begins at the position ``start``."""
-    spec = shape.attention
+    spec, own = shape.attention, plan.new - start
     k, v = (ring.receive(shape, block, None, role, tile + i) for i in range(2))
+    # The new key and value are on their way to the page.
+    is_here = (own >= 0) & (own < spec.page_size)
+    pl.when(is_here)(lambda: heads.insert(shape, turned, k, v, own))
     low = jnp.clip(plan.first_key - start, 0, spec.page_size)
-    high = jnp.clip(plan.new - start, 0, spec.page_size)
+    high = jnp.clip(own + 1, 0, spec.page_size)
 
-    def some(s, state):
-        own, first = pl.ds(s * spec.keys, spec.keys), s * spec.keys
-        ends = jnp.maximum(low - first, 0), jnp.minimum(high - first, spec.keys)
-        return heads.attend(shape, k.at[own], v.at[own], q, state, *ends)
+    def work(s, state):
+        some, first = pl.ds(s * KEYS, KEYS), s * KEYS
+        ends = jnp.maximum(low - first, 0), jnp.minimum(high - first, KEYS)
+        return attend.attend(shape, k.at[some], v.at[some], q, state, *ends)
 
-    end = jnp.where(high > low, lax.div(high + spec.keys - 1, spec.keys), 0)
-    state = lax.fori_loop(lax.div(low, spec.keys), end, some, state)
+    end = jnp.where(high > low, lax.div(high + KEYS - 1, KEYS), 0)
+    state = lax.fori_loop(lax.div(low, KEYS), end, work, state)
     for i in range(2):
         ring.release(shape, block, None, role, tile + i)
     return state
 
 
-def _merge(shape: Shape, refs: Any, plan: Plan, head: Any) -> None:
-    """Adds up the results of a head's items."""
-    at_once = heads.MERGED_AT_ONCE
+def _merge(shape: Shape, refs: Any, plan: Plan, worker: Any) -> None:
+    """Merges the results of the worker's query heads; it is counted from the other end than for
+    items, so that it may have had none."""
+    spec = shape.attention
 
-    def some(i, state):
-        parts = refs.tops, refs.totals, refs.sums
-        return heads.merge(shape, parts, state, head, i * at_once, plan.splits)
+    def one(i, carry):
+        query = worker + i * shape.workers
+        which = shape.waits + lax.div(query, spec.group)
+        exchange.wait(shape, refs.counters, which, plan.splits)
+        heads.merge(shape, refs, query, plan.splits)
+        exchange.signal(shape, refs.counters, 0)
 
-    steps = lax.div(plan.splits + at_once - 1, at_once)
-    state = lax.fori_loop(0, steps, some, heads.no_state(shape))
-    heads.store_heads(shape, refs.attended, state, head)
-    exchange.signal(shape, refs.counters, 0)
+    count = lax.div(spec.heads - worker + shape.workers - 1, shape.workers)
+    lax.fori_loop(0, count, one, None)

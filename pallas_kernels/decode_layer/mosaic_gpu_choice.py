@@ -96,7 +96,7 @@ def _keys(logits: ir.Value, count: int, lane: ir.Value) -> list[ir.Value]:
     )
     exists = arith.cmpi(arith.CmpIPredicate.ult, first, int32(count))
     keys: list[ir.Value] = []
-    [found] = exchange.load_filled([pointer], EACH, halves=False)
+    [found] = exchange.load_filled([(pointer, EACH)], halves=False)
     for bits in found:
         negative = arith.cmpi(arith.CmpIPredicate.slt, bits, int32(0))
         flipped = arith.select(negative, int32(-1), int32(SIGN))
@@ -115,8 +115,7 @@ def _weight(key: ir.Value, greatest: ir.Value) -> ir.Value:
 
     difference = arith.subf(logit(key), logit(greatest))
     exponent = arith.mulf(difference, mgpu.c(LOG2_E, f32))
-    weight: Any = llvm.inline_asm(f32, [exponent], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
-    return weight
+    return words.exp2(exponent)
 
 
 def _over_warp(kind: str, x: ir.Value) -> ir.Value:

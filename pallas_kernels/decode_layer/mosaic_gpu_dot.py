@@ -19,7 +19,8 @@ FRAGMENT = LINE  # sums of a warp's row: eight of each thread
 
 def no_sums(shape: Shape) -> jax.Array:
     """Before the first tile of a unit: see ``dot``."""
-    return words.constant(shape, 0, FRAGMENT)
+    none = jnp.zeros((ROWS, FRAGMENT), jnp.float32)
+    return none if shape.interpret else plgpu.layout_cast(none, words.by_tile(FRAGMENT, 8))
 
 
 def dot(shape: Shape, tile: Any, inputs: Any, sums: jax.Array) -> jax.Array:

@@ -3,14 +3,18 @@ each needs all.
 
 Blocks count when they have stored their part, but none waits until it has arrived: while weights
 stream, such a fence takes 1.5 to 4.5 µs. So a count may overtake what it stands for. It only says
-that reading will soon be worth while; an element that is still ``EMPTY``, which is no result of any
-arithmetic, is read again. The last block to need the vectors empties them for the next kernel.
+that reading will soon be worth while: elements are empty until they are stored, which is a pattern
+of bits that no arithmetic gives, and are read again while they are. The last block to need the
+vectors empties them for the next kernel.
 
 Each part has its meaning in jnp for the interpreter, where nobody waits.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,15 +29,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.arithmetic import rms_norm
 from pallas_kernels.decode_layer import mosaic_gpu_words as words
 from pallas_kernels.decode_layer.mosaic_gpu_shape import ROWS, Shape
-from pallas_kernels.decode_layer.mosaic_gpu_words import arith, int32, ir, llvm, memref
+from pallas_kernels.decode_layer.mosaic_gpu_words import arith, int32, ir, llvm, memref, scf
 
 BITS: dict[int, Any] = {2: jnp.uint16, 4: jnp.uint32}
 """Vectors are stored as the bits of their elements, by an element's bytes."""
 THREADS = 128  # of a warpgroup
 
 
-def empty(size: int, dtype: Any) -> jax.Array:
-    """A vector that nothing was stored in. All bits are set: that is a NaN, but not the one that
+def empty(size: tuple[int, ...], dtype: Any) -> jax.Array:
+    """An array that nothing was stored in. All bits are set: that is a NaN, but not the one that
     arithmetic gives."""
     bits = BITS[jnp.dtype(dtype).itemsize]
     return jnp.full(size, jnp.iinfo(bits).max, bits)
@@ -62,10 +66,16 @@ def put(shape: Shape, vector: Any, rows: Any, values: jax.Array) -> None:
 
 
 def bring(
-    shape: Shape, own: Any, scratch: Any, vector: Any, scale: Any = None, eps: float = 0.0
+    shape: Shape,
+    counter: tuple[Any, int, int],
+    own: Any,
+    scratch: Any,
+    vector: Any,
+    scale: Any = None,
+    eps: float = 0.0,
 ) -> None:
-    """Copies a vector, when all of it is there, to the consumer's shared memory, normalized if
-    there is a scale."""
+    """Waits for a vector, and copies it to the consumer's shared memory, normalized if there is a
+    scale. ``counter`` is what ``wait`` needs."""
     size = vector.shape[0]
     refs = (vector, own.at[pl.ds(0, size)], scratch)
     if shape.interpret:
@@ -73,13 +83,16 @@ def bring(
         refs[1][...] = x if scale is None else rms_norm(x, scale[...], eps)
         return
     length = next(n for n in (8, 4, 2) if size % (THREADS * n) == 0)
+    counters, which, count = counter
 
-    @plgpu.inline_mgpu(arg_types=(words.REF,) * (3 if scale is None else 4))
-    def bring(ctx, vector, own, scratch, scale=None):
+    @plgpu.inline_mgpu(arg_types=(words.REF,) * (4 if scale is None else 5))
+    def bring(ctx, counter, vector, own, scratch, scale=None):
         f32 = ir.F32Type.get()
+        if scale is not None:  # before anything is waited for
+            scale = mgpu.FragmentedArray.load_strided(scale, vec_size=length)
+        _wait(counter, int32(count))
         x = _load(vector, length, ir.MemRefType(own.type).element_type)
         if scale is not None:
-            scale = mgpu.FragmentedArray.load_strided(scale, vec_size=length)
             h = x.astype(f32)
             mean = (h * h).reduce("add", (0,), scratch) * mgpu.c(1 / size, f32)
             factor = (mean + mgpu.c(eps, f32)).rsqrt(approx=True)
@@ -88,7 +101,7 @@ def bring(
         x.store_untiled(own, optimized=False)
         mgpu.warpgroup_barrier()
 
-    bring(*refs, *(() if scale is None else (scale,)))
+    bring(counters.at[pl.ds(which, 1)], *refs, *(() if scale is None else (scale,)))
 
 
 def _load(vector: ir.Value, length: int, element: ir.Type) -> Any:
@@ -104,49 +117,51 @@ def _load(vector: ir.Value, length: int, element: ir.Type) -> Any:
     ]
     registers = np.empty(layout.registers_shape((size,)), dtype=object)
     kind = ir.VectorType.get((length,), element)
-    for place, own in enumerate(load_filled(pointers, length // 2, halves=True)):
+    places = [(pointer, length // 2) for pointer in pointers]
+    for place, own in enumerate(load_filled(places, halves=True)):
         registers[place] = words.vector.bitcast(kind, words.packed(own))
     return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
 
 
-def load_filled(pointers: Sequence[ir.Value], count: int, halves: bool) -> list[list[ir.Value]]:
-    """``count`` words of 32 bits from each place, as soon as they hold no empty element; an element
+def load_filled(places: Sequence[tuple[ir.Value, int]], halves: bool) -> list[list[ir.Value]]:
+    """So many words of 32 bits from each place, as soon as none holds an empty element; an element
     has a word or half of one."""
-    found = [_load_words(pointer, count) for pointer in pointers]
-    # Not before all are under way.
-    return [_filled(pointer, own, halves) for pointer, own in zip(pointers, found)]
+    types = [ir.IntegerType.get_signless(32)] * sum(count for _, count in places)
+    loop = scf.WhileOp(types, [])
+    with ir.InsertionPoint(loop.before.blocks.append()):
+        found = [word for pointer, count in places for word in _load_words(pointer, count)]
+        # Empty elements are the greatest ones.
+        greatest = functools.reduce(_greater_halves if halves else arith.maxui, found)
+        scf.condition(_is_empty(greatest, halves), found)
+    with ir.InsertionPoint(loop.after.blocks.append(*types)):
+        scf.yield_([])
+    results = iter(loop.results)
+    return [list(itertools.islice(results, count)) for _, count in places]
 
 
 def _load_words(pointer: ir.Value, count: int) -> list[ir.Value]:
     results = ", ".join(f"${i}" for i in range(count))
-    code = f"ld.relaxed.gpu.global{_width(count)} {{{results}}}, [${count}];"
-    return words.several(count, [pointer], code, "l")
-
-
-def _filled(pointer: ir.Value, found: list[ir.Value], halves: bool) -> list[ir.Value]:
-    count = len(found)
-    results = ", ".join(f"${i}" for i in range(count))
-    # No half of a word w is empty if (~w - 0x00010001) & w & 0x80008000 is zero (the test for a
-    # zero byte in Warren, Hacker's Delight, section 6-1).
-    one = (
-        "not.b32 one, {w}; sub.u32 one, one, 0x10001; and.b32 one, one, {w}; or.b32 any, any, one;"
+    width = f".v{count}.b32" if count > 1 else ".b32"
+    results = f"{{{results}}}" if count > 1 else results
+    return words.several(
+        count, [pointer], f"ld.relaxed.gpu.global{width} {results}, [${count}];", "l"
     )
-    test = "and.b32 any, any, 0x80008000; setp.ne.u32 empty, any, 0;"
+
+
+def _greater_halves(a: ir.Value, b: ir.Value) -> ir.Value:
+    result: Any = llvm.inline_asm(a.type, [a, b], "max.u16x2 $0, $1, $2;", "=r,r,r")
+    return result
+
+
+def _is_empty(word: ir.Value, halves: bool) -> ir.Value:
+    """Whether a word is empty, or one of its halves."""
+    equal = arith.CmpIPredicate.eq
     if not halves:
-        one = "setp.eq.u32 empty, {w}, -1; selp.u32 one, 1, 0, empty; or.b32 any, any, one;"
-        test = "setp.ne.u32 empty, any, 0;"
-    tests = " ".join(one.format(w=f"${i}") for i in range(count))
-    code = (
-        "{ .reg .b32 any, one; .reg .pred empty; check: mov.b32 any, 0;"
-        f" {tests} {test} @!empty bra done;"
-        f" ld.relaxed.gpu.global{_width(count)} {{{results}}}, [${count}]; bra check; done: }}"
-    )
-    ties = ",".join(str(i) for i in range(count))
-    return words.several(count, [pointer, *found], code, f"l,{ties}")
-
-
-def _width(count: int) -> str:
-    return f".v{count}.b32" if count > 1 else ".b32"
+        return arith.cmpi(equal, word, int32(-1))
+    low = arith.ori(word, int32(-(1 << 16)))
+    high = arith.ori(word, int32((1 << 16) - 1))
+    empty = (arith.cmpi(equal, half, int32(-1)) for half in (low, high))
+    return arith.ori(*empty)
 
 
 def rows_of(shape: Shape, vector: Any, rows: Any) -> jax.Array:
@@ -168,76 +183,86 @@ def rows_of(shape: Shape, vector: Any, rows: Any) -> jax.Array:
     return rows_of(vector.at[rows])
 
 
+def touch(shape: Shape, arrays: Sequence[Any]) -> None:
+    """Reads the first and last words of arrays: the translation of their addresses, for which the
+    first access waits two µs or so, is then known when the results are stored or read."""
+    if shape.interpret:
+        return
+
+    @plgpu.inline_mgpu(arg_types=((words.REF,) * len(arrays),))
+    def touch(ctx, arrays):
+        i32 = ir.IntegerType.get_signless(32)
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            for array in arrays:
+                start = mgpu.utils.memref_ptr(array)
+                for place in (0, _words(array) - 1):
+                    _load_words(mgpu.utils.getelementptr(start, [place], i32), 1)
+
+    touch(tuple(arrays))
+
+
 # --- counting -------------------------------------------------------------------------------------
 
 
-def signal(shape: Shape, counters: Any, which: int) -> None:
+def signal(shape: Shape, counters: Any, which: Any) -> None:
     """Counts one more, when all of the consumer's warps are here."""
     if shape.interpret:
         return
 
     @plgpu.inline_mgpu(arg_types=(words.REF,))
-    def signal(ctx, counters):
-        pointer = mgpu.utils.memref_ptr(mgpu.memref_slice(counters, which))
+    def signal(ctx, counter):
         mgpu.warpgroup_barrier()
         with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
-            words.statement([pointer], "red.relaxed.gpu.global.add.u32 [$0], 1;", "l")
+            code = "red.relaxed.gpu.global.add.u32 [$0], 1;"
+            words.statement([mgpu.utils.memref_ptr(counter)], code, "l")
 
-    signal(counters)
+    signal(counters.at[pl.ds(which, 1)])
 
 
-def wait(shape: Shape, counters: Any, which: int, count: int) -> None:
+def wait(shape: Shape, counters: Any, which: Any, count: Any) -> None:
     """Waits until there were so many signals."""
     if shape.interpret:
         return
 
-    @plgpu.inline_mgpu(arg_types=(words.REF,))
-    def wait(ctx, counters):
-        pointer = mgpu.utils.memref_ptr(mgpu.memref_slice(counters, which))
-        code = (
-            "{ .reg .u32 seen; .reg .pred more; again: ld.relaxed.gpu.global.u32 seen, [$0];"
-            f" setp.lt.u32 more, seen, {count}; @more bra again; }}"
-        )
-        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
-            words.statement([pointer], code, "l")
-        mgpu.warpgroup_barrier()
+    @plgpu.inline_mgpu(arg_types=(words.REF, words.BY_ROW))
+    def wait(ctx, counter, count):
+        _wait(counter, words.scalar_of(count))
 
-    wait(counters)
+    wait(counters.at[pl.ds(which, 1)], *words.scalars(count))
 
 
-def arrive(shape: Shape, counters: Any, head: Any, split: Any, splits: Any, before: Any) -> None:
-    """Says that an item of a head is done, and stores in ``before`` how many of the head's were
-    done before; the last one sees what all have stored. Its count starts again from zero."""
-    if shape.interpret:
-        before[0] = split
-        return
-
-    @plgpu.inline_mgpu(arg_types=(words.REF, words.REF, words.BY_ROW, words.BY_ROW))
-    def arrive(ctx, counters, before, head, splits):
-        place = words.to_index(arith.addi(words.scalar_of(head), int32(shape.waits + 1)))
-        pointer = mgpu.utils.memref_ptr(mgpu.memref_slice(counters, (place,)))
-        _count_in_turn(pointer, arith.subi(words.scalar_of(splits), int32(1)), before)
-
-    arrive(counters, before, *words.scalars(head, splits))
+def _wait(counter: ir.Value, count: ir.Value) -> None:
+    code = (
+        "{ .reg .u32 seen; .reg .pred more; again: ld.relaxed.gpu.global.u32 seen, [$0];"
+        " setp.lt.u32 more, seen, $1; @more bra again; }"
+    )
+    with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+        words.statement([mgpu.utils.memref_ptr(counter), count], code, "l,r")
+    mgpu.warpgroup_barrier()
 
 
 def restore(shape: Shape, counters: Any, vectors: Sequence[Any], before: Any) -> None:
     """Makes the counters zero and the vectors empty if this is the last block that needs them; the
-    counter behind those of the signals, of the blocks that have come here, starts again by itself,
-    as do the heads'."""
+    last counter, of the blocks that have come here, starts again by itself."""
     if shape.interpret:
         return
 
     @plgpu.inline_mgpu(arg_types=(words.REF, words.REF, (words.REF,) * len(vectors)))
     def restore(ctx, counters, before, vectors):
         index = ir.IndexType.get()
-        pointer = mgpu.utils.memref_ptr(mgpu.memref_slice(counters, shape.waits))
-        _count_in_turn(pointer, int32(shape.blocks - 1), before)
+        others = shape.counters - 1
+        pointer = mgpu.utils.memref_ptr(mgpu.memref_slice(counters, others))
+        mgpu.warpgroup_barrier()
+        with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
+            code = f"atom.relaxed.gpu.global.inc.u32 $0, [$1], {shape.blocks - 1};"
+            [number] = words.several(1, [pointer], code, "l")
+            memref.store(number, before, [mgpu.c(0, index)])
+        mgpu.warpgroup_barrier()
         count = memref.load(before, [mgpu.c(0, index)])
         is_last = arith.cmpi(arith.CmpIPredicate.eq, count, int32(shape.blocks - 1))
         with mgpu.when(is_last):
             with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
-                for which in range(shape.waits):
+                for which in range(others):
                     memref.store(int32(0), counters, [mgpu.c(which, index)])
             for vector in vectors:
                 _empty(vector)
@@ -245,10 +270,14 @@ def restore(shape: Shape, counters: Any, vectors: Sequence[Any], before: Any) ->
     restore(counters, before, tuple(vectors))
 
 
+def _words(array: ir.Value) -> int:
+    kind = ir.MemRefType(array.type)
+    return math.prod(kind.shape) * mgpu.utils.bitwidth(kind.element_type) // 32
+
+
 def _empty(vector: ir.Value) -> None:
-    kind = ir.MemRefType(vector.type)
     start, i32 = mgpu.utils.memref_ptr(vector), ir.IntegerType.get_signless(32)
-    total = kind.shape[0] * mgpu.utils.bitwidth(kind.element_type) // 32
+    total = _words(vector)
     thread = arith.remui(mgpu.thread_idx(), int32(THREADS))
 
     @mgpu.fori(int32(-(-total // THREADS)), ())
@@ -257,15 +286,3 @@ def _empty(vector: ir.Value) -> None:
         with mgpu.when(arith.cmpi(arith.CmpIPredicate.slt, place, int32(total))):
             llvm.store(int32(-1), mgpu.utils.getelementptr(start, [place], i32))
         return ()
-
-
-def _count_in_turn(pointer: ir.Value, last: ir.Value, before: ir.Value) -> None:
-    """Counts one more, when all of the warpgroup's warps are here and what they have stored has
-    arrived, and brings the count before to shared memory; behind ``last`` comes zero."""
-    mgpu.warpgroup_barrier()
-    with mgpu.single_thread(scope=mgpu.ThreadSubset.WARPGROUP):
-        code = "atom.acq_rel.gpu.global.inc.u32 $0, [$1], $2;"
-        i32 = ir.IntegerType.get_signless(32)
-        count: Any = llvm.inline_asm(i32, [pointer, last], code, "=r,l,r", has_side_effects=True)
-        memref.store(count, before, [mgpu.c(0, ir.IndexType.get())])
-    mgpu.warpgroup_barrier()

@@ -15,7 +15,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_layer.mosaic_gpu_shape import LINE, Product, Shape
+from pallas_kernels.decode_layer import mosaic_gpu_words as words
+from pallas_kernels.decode_layer.mosaic_gpu_shape import LINE, PACE, Product, Shape
 
 
 def fetch(
@@ -75,3 +76,21 @@ def _place(shape: Shape, block: Any, product: Product | None, consumer: Any, slo
     size = (spec.page_size, spec.size) if product is None else product.tile
     lines = math.prod(size) // LINE
     return block.ring.at[consumer, slot, pl.ds(0, lines)].reshape(size)
+
+
+def pace(shape: Shape) -> None:
+    """Waits a little, so that what attention reads and stores doesn't queue up behind weights that
+    aren't urgent."""
+    if shape.interpret:
+        return
+
+    @plgpu.inline_mgpu()
+    def pace(ctx):
+        code = (
+            "{ .reg .u32 start, now; .reg .pred more; mov.u32 start, %clock;"
+            " again: mov.u32 now, %clock; sub.u32 now, now, start;"
+            f" setp.lt.u32 more, now, {PACE}; @more bra again; }}"
+        )
+        words.statement([], code, "")
+
+    pace()

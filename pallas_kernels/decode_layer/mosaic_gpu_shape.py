@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,13 +10,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 CONSUMERS = 2
 ROWS = 4  # of a tile: one for each warp of a warpgroup
+KEYS = 16  # that are worked on at once
 LINE = 256  # elements; no dimension of what the copy engine fetches at once may be longer
 TILE = 8192  # most elements of a tile; they have two bytes
 MAX_MEMORY = 226 << 10  # bytes of a block's arrays; there is 1 KiB more, for its barriers
 SCRATCH = 128  # float32 numbers, for sums across the warps of a consumer
 HEAD_SIZES = (64, 128, 256)
 MAX_EXPERTS = 128  # four for each thread of a warp
-HELD = 3  # tiles of a consumer that are fetched while experts are chosen
+HELD = 2  # tiles of a consumer that are fetched while experts are chosen
+PACE = 2000  # clock cycles between the first tiles that are fetched before experts are chosen
 MIN_PAGES = 2  # of a worker's share of the keys: what results cost to merge
 
 
@@ -110,14 +111,14 @@ class Attention(NamedTuple):
     eps: float | None
 
     @property
+    def heads(self) -> int:
+        """Query heads."""
+        return self.kv_heads * self.group
+
+    @property
     def tiles(self) -> int:
         """Tiles of ``ROWS`` queries; what stands behind the group repeats its last one."""
         return -(-self.group // ROWS)
-
-    @property
-    def keys(self) -> int:
-        """Keys that are worked on at once."""
-        return math.gcd(self.page_size, 16 if self.size <= 128 else 8)
 
 
 class Plan(NamedTuple):
@@ -203,6 +204,11 @@ class Shape(NamedTuple):
         return len(self.products)
 
     @property
+    def counters(self) -> int:
+        """Of signals: for each wait, behind them for each KV head, and one of blocks."""
+        return self.waits + self.attention.kv_heads + 1
+
+    @property
     def exchanged(self) -> dict[str, int]:
         """The vectors that blocks exchange, by name, and their sizes."""
         out, last = self.products[0], self.products[-2]
@@ -249,7 +255,7 @@ def shared_memory(shape: Shape) -> dict[str, Any]:
         "vector": plgpu.SMEM((consumers, shape.widest), shape.dtype),
         "turned": plgpu.SMEM((consumers, shape.turned, spec.size), shape.dtype),
         "scratch": plgpu.SMEM((consumers, SCRATCH), jnp.float32),
-        "arrived": plgpu.SMEM((consumers + 1, 4), jnp.int32),
+        "came": plgpu.SMEM((4,), jnp.int32),
         "full": plgpu.Barrier(num_barriers=consumers * slots),
         "free": plgpu.Barrier(num_barriers=consumers * slots),
         "passed": plgpu.Barrier(num_arrivals=consumers),

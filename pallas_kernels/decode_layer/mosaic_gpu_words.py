@@ -15,11 +15,11 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu.fragmented_array import Tiling
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.decode_layer.mosaic_gpu_shape import LINE, ROWS, Shape
+from pallas_kernels.decode_layer.mosaic_gpu_shape import LINE, ROWS
 
 # The dialects that Mosaic GPU is written in.
 arith, ir, llvm = mgpu.utils.arith, mgpu.utils.ir, mgpu.utils.llvm
-memref, vector = mgpu.utils.memref, mgpu.utils.vector
+memref, scf, vector = mgpu.utils.memref, mgpu.utils.scf, mgpu.utils.vector
 
 REF = plgpu.RefType()
 
@@ -37,21 +37,9 @@ ROW = plgpu.ShapeDtypeStruct((ROWS,), jnp.float32, layout=BY_ROW)
 """The type of such a vector of float32."""
 
 
-def by_head(size: int) -> Any:
-    """Of a tile of queries, or of what belongs to them."""
-    return by_tile(size, size // 32)
-
-
 def scalars(*values: Any) -> tuple[jax.Array, ...]:
     """int32 scalars as vectors [ROWS]."""
     return tuple(plgpu.layout_cast(jnp.full((ROWS,), value, jnp.int32), BY_ROW) for value in values)
-
-
-def constant(shape: Shape, value: float, size: int = 0) -> jax.Array:
-    """A float32 vector [ROWS], or a tile [ROWS, size], that holds one value."""
-    extent = (ROWS, size) if size else (ROWS,)
-    array = jnp.full(extent, value, jnp.float32)
-    return array if shape.interpret else plgpu.layout_cast(array, by_head(size) if size else BY_ROW)
 
 
 def elements(register: ir.Value) -> list[ir.Value]:
@@ -109,6 +97,12 @@ def mma(
     return [llvm.extractvalue(f32, sums, [i]) for i in range(4)]
 
 
+def exp2(x: ir.Value) -> ir.Value:
+    """Approximately; denormal numbers count as zero."""
+    result: Any = llvm.inline_asm(x.type, [x], "ex2.approx.ftz.f32 $0, $1;", "=f,f")
+    return result
+
+
 def to_index(value: ir.Value) -> ir.Value:
     return arith.index_cast(ir.IndexType.get(), value)
 
@@ -128,14 +122,6 @@ def scalar_of(values: Any) -> ir.Value:
 def warp_number() -> ir.Value:
     """The warp's number in its warpgroup."""
     return arith.remui(mgpu.warp_idx(), int32(4))
-
-
-def where(condition: ir.Value, x: Any, otherwise: float) -> Any:
-    """x if the condition holds, else a constant everywhere."""
-    [length] = ir.VectorType(x.registers.flat[0].type).shape
-    kind = ir.VectorType.get((length,), x.mlir_dtype)
-    other = vector.broadcast(kind, mgpu.c(otherwise, x.mlir_dtype))
-    return with_registers(x, [arith.select(condition, own, other) for own in x.registers.flat])
 
 
 def row_pointer(ref: Any, index: Sequence[Any], length: int, spread: bool) -> ir.Value:
