@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
@@ -48,10 +47,7 @@ def _of_threads(count: int, dtype: Any) -> tuple[plgpu.ShapeDtypeStruct, Any]:
 def _array(count: int, elements: Sequence[ir.Value]) -> Any:
     """Such an array of a thread's elements."""
     layout = words.by_tile(32 * count, count).to_mgpu()
-    registers = np.empty(layout.registers_shape((ROWS, 32 * count)), dtype=object)
-    registers.flat[0] = words.packed(elements)
-    signed = True if isinstance(elements[0].type, ir.IntegerType) else None
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+    return words.of_register(layout, (ROWS, 32 * count), words.packed(elements))
 
 
 def _elements(array: Any) -> list[ir.Value]:
@@ -201,7 +197,7 @@ def store(shape: Shape, refs: Any, number: Any, state: State) -> None:
 
 def _row_and_column() -> tuple[ir.Value, ir.Value]:
     """Of a thread in a fragment of 8 x 4."""
-    lane = arith.remui(mgpu.thread_idx(), int32(32))
+    lane = words.thread_number(32)
     return arith.divui(lane, int32(4)), arith.remui(lane, int32(4))
 
 
@@ -243,7 +239,7 @@ def _scores(
                 for i in range(2):
                     rows = [part[2 * i + word] for word in range(2) for part in a]
                     halves = sums[t][b]
-                    halves[i] = words.mma(_kind(dtype), rows, key[2 * i : 2 * i + 2], halves[i])
+                    halves[i] = words.mma(dtype, rows, key[2 * i : 2 * i + 2], halves[i])
     return [
         [[arith.mulf(arith.addf(x, y), scale) for x, y in zip(*halves)] for halves in own]
         for own in sums
@@ -303,7 +299,7 @@ def _weighed(
 ) -> list[list[ir.Value]]:
     """The sums of values with those of the keys."""
     start, element = mgpu.utils.memref_ptr(v), ir.MemRefType(v.type).element_type
-    lane = arith.remui(mgpu.thread_idx(), int32(32))
+    lane = words.thread_number(32)
     # A lane names a row of eight elements: of 16 keys, at two places.
     key = _within(arith.remui(lane, int32(KEYS)), low, high)
     column = arith.addi(
@@ -323,7 +319,7 @@ def _weighed(
         for own, weights in zip(out, rows):
             for i in range(2):
                 four = slice(4 * (n + i), 4 * (n + i) + 4)
-                own[four] = words.mma(_kind(dtype), weights, found[2 * i : 2 * i + 2], own[four])
+                own[four] = words.mma(dtype, weights, found[2 * i : 2 * i + 2], own[four])
     return out
 
 
@@ -342,10 +338,4 @@ def _weights(dtype: Any, weights: list[list[ir.Value]]) -> list[ir.Value]:
 
 def _over_columns(combine: Any, x: ir.Value) -> ir.Value:
     """Over the four threads that have a row."""
-    for distance in (1, 2):
-        x = combine(x, mgpu.utils.shfl_bfly(x, distance))
-    return x
-
-
-def _kind(dtype: Any) -> str:
-    return {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
+    return words.over_threads(combine, x, (1, 2))

@@ -15,10 +15,10 @@ from pallas_kernels.decode_layer import mosaic_gpu_exchange as exchange
 from pallas_kernels.decode_layer import mosaic_gpu_words as words
 from pallas_kernels.decode_layer.mosaic_gpu_shape import MAX_EXPERTS, Shape
 from pallas_kernels.decode_layer.mosaic_gpu_words import arith, int32, ir, llvm, memref
+from pallas_kernels.paged_attention.triton_common import LOG2_E
 
 LANES = 32
 EACH = MAX_EXPERTS // LANES
-LOG2_E = 1.4426950408889634
 SIGN = -(1 << 31)
 
 
@@ -40,7 +40,7 @@ def choose(shape: Shape, found: Any, experts: Any, shares: Any) -> None:
     @plgpu.inline_mgpu(arg_types=(words.REF,) * 3)
     def choose(ctx, found, experts, shares):
         f32 = ir.F32Type.get()
-        lane = arith.remui(mgpu.thread_idx(), int32(LANES))
+        lane = words.thread_number(LANES)
         keys = _keys(found, count, lane)
         first = arith.muli(lane, int32(EACH))
 
@@ -68,6 +68,7 @@ def choose(shape: Shape, found: Any, experts: Any, shares: Any) -> None:
         has = arith.cmpi(arith.CmpIPredicate.ult, lane, int32(top_k))
         zero = mgpu.c(0.0, f32)
         weight = arith.select(has, _weight(key, greatest), zero)
+        total: ir.Value
         if shape.normalize:
             total = weight
         else:
@@ -75,8 +76,7 @@ def choose(shape: Shape, found: Any, experts: Any, shares: Any) -> None:
                 arith.select(_equal(key, int32(0)), zero, _weight(key, greatest)) for key in keys
             ]
             total = functools.reduce(arith.addf, exponentials)
-        for distance in (16, 8, 4, 2, 1):
-            total = arith.addf(total, mgpu.utils.shfl_bfly(total, distance))
+        total = words.over_threads(arith.addf, total, (16, 8, 4, 2, 1))
         share = arith.mulf(arith.divf(weight, total), mgpu.c(shape.scale, f32))
         with mgpu.when(has):
             place = words.to_index(lane)

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -37,7 +36,6 @@ def dot(shape: Shape, tile: Any, inputs: Any, sums: jax.Array) -> jax.Array:
         more = rows * inputs[...].astype(jnp.float32)
         return sums + more.reshape(ROWS, -1, FRAGMENT).sum(1)
     layout = words.by_tile(FRAGMENT, 8)
-    kind = {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(shape.dtype).name]
 
     @plgpu.inline_mgpu(
         arg_types=(words.REF, words.REF, layout),
@@ -56,9 +54,9 @@ def dot(shape: Shape, tile: Any, inputs: Any, sums: jax.Array) -> jax.Array:
         for line in range(lines):
             places = (mgpu.utils.getelementptr(p, [line * LINE], element) for p in pointers)
             w, x = (words.elements(llvm.load(four_words, place)) for place in places)
-            first = words.mma(kind, w, (x[0], x[2]), first)
-            second = words.mma(kind, w, (x[1], x[3]), second)
-        return words.with_registers(sums, [words.packed([*first, *second])])
+            first = words.mma(shape.dtype, w, (x[0], x[2]), first)
+            second = words.mma(shape.dtype, w, (x[1], x[3]), second)
+        return words.of_register(sums.layout, sums.shape, words.packed([*first, *second]))
 
     return dot(tile, inputs, sums)
 
@@ -70,18 +68,14 @@ def total(shape: Shape, sums: jax.Array) -> jax.Array:
 
     @plgpu.inline_mgpu(arg_types=(words.by_tile(FRAGMENT, 8),), return_type=words.ROW)
     def total(ctx, sums):
-        lane = arith.remui(mgpu.thread_idx(), int32(32))
+        lane = words.thread_number(32)
         row, column = arith.divui(lane, int32(4)), arith.remui(lane, int32(4))
         a, b, _, _, _, _, c, d = words.elements(sums.registers.flat[0])
         odd = arith.trunci(ir.IntegerType.get_signless(1), row)
         own = arith.select(odd, arith.addf(b, d), arith.addf(a, c))
         has = arith.cmpi(arith.CmpIPredicate.eq, arith.divui(row, int32(2)), column)
-        sum_ = arith.select(has, own, mgpu.c(0.0, ir.F32Type.get()))
-        for distance in (1, 2, 4, 8, 16):
-            sum_ = arith.addf(sum_, mgpu.utils.shfl_bfly(sum_, distance))
-        layout: Any = words.BY_ROW.to_mgpu()
-        registers = np.empty(layout.registers_shape((ROWS,)), dtype=object)
-        registers.flat[0] = words.packed([sum_])
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        sum_: ir.Value = arith.select(has, own, mgpu.c(0.0, ir.F32Type.get()))
+        sum_ = words.over_threads(arith.addf, sum_, (1, 2, 4, 8, 16))
+        return words.of_register(words.BY_ROW.to_mgpu(), (ROWS,), words.packed([sum_]))
 
     return total(sums)

@@ -174,11 +174,9 @@ def rows_of(shape: Shape, vector: Any, rows: Any) -> jax.Array:
     @plgpu.inline_mgpu(arg_types=(words.REF,), return_type=one)
     def rows_of(ctx, vector):
         layout: Any = words.BY_ROW.to_mgpu()
-        element = mgpu.utils.dtype_to_ir_type(jnp.dtype(shape.dtype))
+        kind = ir.VectorType.get((1,), mgpu.utils.dtype_to_ir_type(jnp.dtype(shape.dtype)))
         pointer = words.row_pointer(vector, (words.warp_number(),), 1, spread=False)
-        registers = np.empty(layout.registers_shape((ROWS,)), dtype=object)
-        registers.flat[0] = llvm.load(ir.VectorType.get((1,), element), pointer)
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+        return words.of_register(layout, (ROWS,), llvm.load(kind, pointer))
 
     return rows_of(vector.at[rows])
 
@@ -278,7 +276,7 @@ def _words(array: ir.Value) -> int:
 def _empty(vector: ir.Value) -> None:
     start, i32 = mgpu.utils.memref_ptr(vector), ir.IntegerType.get_signless(32)
     total = _words(vector)
-    thread = arith.remui(mgpu.thread_idx(), int32(THREADS))
+    thread = words.thread_number(THREADS)
 
     @mgpu.fori(int32(-(-total // THREADS)), ())
     def _(i, carry):

@@ -137,7 +137,7 @@ def merge(shape: Shape, refs: Any, query: Any, splits: Any) -> None:
     def merge(ctx, arrays, scalars):
         marks, sums, attended = arrays
         query, head, row, splits = map(words.scalar_of, scalars)
-        thread = arith.remui(mgpu.thread_idx(), int32(exchange.THREADS))
+        thread = words.thread_number(exchange.THREADS)
         columns: list[ir.Value] = [
             arith.addi(thread, int32(start)) for start in range(0, spec.size, exchange.THREADS)
         ]

@@ -56,11 +56,14 @@ def packed(elements: Sequence[ir.Value]) -> ir.Value:
     return vector.from_elements(kind, elements)
 
 
-def with_registers(array: Any, registers: Sequence[ir.Value]) -> Any:
-    """An array like that one, of other registers."""
-    own = np.empty_like(array.registers)
-    own.flat[:] = registers
-    return mgpu.FragmentedArray(_registers=own, _layout=array.layout, _is_signed=array.is_signed)
+def of_register(layout: Any, shape: tuple[int, ...], register: ir.Value) -> Any:
+    """An array of which each thread has one vector."""
+    registers = np.empty(layout.registers_shape(shape), dtype=object)
+    assert registers.size == 1
+    registers.flat[0] = register
+    own = ir.VectorType(register.type).element_type
+    signed = True if isinstance(own, ir.IntegerType) else None
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
 
 
 def statement(operands: Sequence[ir.Value], code: str, constraints: str) -> None:
@@ -83,11 +86,11 @@ def several(
 
 
 def mma(
-    kind: str, a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]
+    dtype: Any, a: Sequence[ir.Value], b: Sequence[ir.Value], c: Sequence[ir.Value]
 ) -> list[ir.Value]:
-    """A warp's product of fragments of 16 x 16 and 16 x 8 elements, added to one of 16 x 8 (PTX
-    ISA, Matrix Fragments for mma.m16n8k16)."""
-    f32 = ir.F32Type.get()
+    """A warp's product of fragments of 16 x 16 and 16 x 8 elements, added to one of 16 x 8 of
+    float32 (PTX ISA, Matrix Fragments for mma.m16n8k16)."""
+    f32, kind = ir.F32Type.get(), {"bfloat16": "bf16", "float16": "f16"}[jnp.dtype(dtype).name]
     code = (
         f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
         " {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
@@ -124,6 +127,18 @@ def warp_number() -> ir.Value:
     return arith.remui(mgpu.warp_idx(), int32(4))
 
 
+def thread_number(threads: int) -> ir.Value:
+    """The thread's number among so many: 32 for its warp, 128 for its warpgroup."""
+    return arith.remui(mgpu.thread_idx(), int32(threads))
+
+
+def over_threads(combine: Callable, x: ir.Value, distances: Sequence[int]) -> ir.Value:
+    """``combine`` of all that threads at such distances in a warp have."""
+    for distance in distances:
+        x = combine(x, mgpu.utils.shfl_bfly(x, distance))
+    return x
+
+
 def row_pointer(ref: Any, index: Sequence[Any], length: int, spread: bool) -> ir.Value:
     """Where a thread's ``length`` elements lie in a row that begins at ``index``; if it isn't
     spread over the threads, all have the same."""
@@ -132,8 +147,7 @@ def row_pointer(ref: Any, index: Sequence[Any], length: int, spread: bool) -> ir
         mgpu.c(at, kind) if isinstance(at, int) else arith.index_cast(kind, at) for at in index
     ]
     if spread:
-        lane = arith.remui(mgpu.thread_idx(), int32(32))
-        own = arith.index_cast(kind, arith.muli(lane, int32(length)))
+        own = arith.index_cast(kind, arith.muli(thread_number(32), int32(length)))
         places[-1] = arith.addi(places[-1], own)
     return mgpu.utils.memref_ptr(mgpu.memref_slice(ref, tuple(places)))
 
@@ -145,10 +159,8 @@ def load_row(
     have at another place, it is a vector of that ``shape``."""
     length = layout.vector_length
     kind = ir.VectorType.get((length,), ir.MemRefType(ref.type).element_type)
-    registers = np.empty(layout.registers_shape(shape or (size,)), dtype=object)
-    assert registers.size == 1
-    registers.flat[0] = llvm.load(kind, row_pointer(ref, index, length, size > 1))
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    register = llvm.load(kind, row_pointer(ref, index, length, size > 1))
+    return of_register(layout, shape or (size,), register)
 
 
 def load_rows(layout: Any, shape: tuple[int, int]) -> Callable[[Any, Sequence[Any]], Any]:
