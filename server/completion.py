@@ -79,13 +79,22 @@ class Completion:
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = [None, *map(self._generation.shown, event.prompt_logprobs)]
         start = len(self.output.token_ids)
-        text = self.add(event)
+        text = self._add(event)
         if event.finish_reason is not None and self.output.finish_reason is None:
             reason = FinishReason(event.finish_reason)
             text += self._generation.finish(reason, event.stop_reason)
         return self.since(start, text)
 
-    def add(self, event: TokenEvent) -> str:
+    def add_tokens(self, token_ids: list[int]) -> str:
+        """Adds tokens of which there is nothing else to tell; returns their text."""
+        output, append, text = self.output, self._generation.append, ""
+        for token_id in token_ids:
+            text += append(token_id, None)
+            if output.finish_reason is not None:
+                break  # a stop string: what follows is surplus
+        return text
+
+    def _add(self, event: TokenEvent) -> str:
         """Adds an event's tokens, but not what else it tells; returns their text."""
         output, append, text = self.output, self._generation.append, ""
         last = len(event.token_ids) - 1

@@ -24,7 +24,7 @@ from server.engine_info import (
     Startup,
     State,
 )
-from server.engine_messages import SilenceError, hear
+from server.engine_messages import EngineLine, SilenceError
 from server.engine_stream import EngineStream, TokenEvent
 from server.engine_supervisor import EngineProcess
 
@@ -78,7 +78,7 @@ class EngineClient:
         self._calls: dict[str, asyncio.Future[Any]] = {}
         self._num_embedding = 0  # of the calls
         self._ended: deque[float] = deque(maxlen=64)  # when the last requests ended
-        self._writer: asyncio.StreamWriter | None = None
+        self._line: EngineLine | None = None
         self._connection: asyncio.Task[None] | None = None
         self._idle = asyncio.Event()
 
@@ -232,30 +232,29 @@ class EngineClient:
     async def _stay_connected(self) -> None:
         while True:
             try:
-                reader, writer = await asyncio.open_unix_connection(self._path)
+                self._line = await EngineLine.open(self._path, self._take)
             except OSError:  # it isn't there (again) yet
                 await asyncio.sleep(RECONNECT_S)
                 continue
-            self._writer = writer
             try:
-                await hear(reader, writer, self._take)
-            except (OSError, asyncio.IncompleteReadError, wire.WireError) as error:
+                await self._line.hear()
+            except (OSError, wire.WireError) as error:
                 if isinstance(error, SilenceError) and self.state != "dead":
                     log.logger.error("the engine's process does not answer: %s.", error)
                 if self.state != "draining":
                     self.state = "dead"
                 self._fail_all("error", "The engine has failed.")
             finally:
-                self._writer = None
+                self._line = None
 
     def _send(self, message: wire.Message) -> None:
-        if self._writer is None:
+        if self._line is None:
             raise EngineDeadError("The engine is being started; try again later.")
         try:
             frame = wire.encode(message)
         except wire.WireError as error:
             raise InvalidRequestError(f"The request can't be passed on: {error}.") from error
-        self._writer.write(frame)
+        self._line.send(frame)
 
     def _send_quietly(self, message: wire.Message) -> None:
         with contextlib.suppress(EngineDeadError):
@@ -264,6 +263,10 @@ class EngineClient:
     def _take(self, message: wire.Message) -> None:
         """Takes in what the engine says."""
         if isinstance(message, wire.Events):
+            streams = self._streams
+            for key, token_ids in message.tokens.items():
+                if (stream := streams.get(key)) is not None:  # else it was aborted meanwhile
+                    stream.put_tokens(token_ids)
             for fields in message.events:
                 self._take_event(fields)
         elif isinstance(message, wire.Heartbeat):

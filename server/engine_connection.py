@@ -121,8 +121,7 @@ class Connection:
             newest, self._newest = self._newest, {}
             replies, self._replies = self._replies, []
             events, self._events = self._events, {}
-        frames = map(wire.Events, _frames(events))
-        return [*newest.values(), *replies, *frames]
+        return [*newest.values(), *replies, *_frames(events)]
 
 
 def _merged(first: Event, then: Event) -> Event:
@@ -133,21 +132,24 @@ def _merged(first: Event, then: Event) -> Event:
     return then._replace(
         token_ids=first.token_ids,
         logprobs=first.logprobs,
+        num_cached_tokens=first.num_cached_tokens,
         prompt_logprobs=first.prompt_logprobs,
     )
 
 
-def _frames(events: dict[str, Event]) -> Iterator[list[Event]]:
+def _frames(events: dict[str, Event]) -> Iterator[wire.Events]:
     """The events in groups of which each fits into a frame."""
-    group: list[Event] = []
-    weight = 0
+    group, weight = wire.Events({}, []), 0
     for event in events.values():
         num_logprobs = len(event.logprobs or ()) + len(event.prompt_logprobs or ())
         size = 8 + len(event.token_ids) + LOGPROBS_WEIGHT * num_logprobs
-        if group and weight + size > FRAME_WEIGHT:
+        if weight and weight + size > FRAME_WEIGHT:
             yield group
-            group, weight = [], 0
-        group.append(event)
+            group, weight = wire.Events({}, []), 0
+        if event[2:] == wire.NOTHING_ELSE:
+            group.tokens[event.request_id] = event.token_ids
+        else:
+            group.events.append(event)
         weight += size
-    if group:
+    if weight:
         yield group

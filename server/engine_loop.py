@@ -275,13 +275,14 @@ def _end_hung_process(engine: Engine, stalled: float) -> NoReturn:
 def _event(request_id: str, update: RequestUpdate) -> Event:
     """What a step brought for one request."""
     request, reason = update.request, update.finish_reason
+    is_first = len(request.token_ids) - request.num_prompt_tokens <= 1
     return Event(
         request_id,
         [] if update.token_id is None else [update.token_id],
         None if update.logprobs is None else [update.logprobs],
         None if reason is None else reason.value,
         request.stop_reason,
-        request.num_cached_tokens,
+        request.num_cached_tokens if is_first else None,
         update.prompt_logprobs,
     )
 

@@ -17,7 +17,7 @@ class TokenEvent(NamedTuple):
         logprobs: one per token; None if they weren't asked for.
         finish_reason: "stop", "length", "abort" or "error" in the last event, else None.
         stop_reason: the token id that ended it, if one did.
-        num_cached_tokens: prompt tokens that the prefix cache spared.
+        num_cached_tokens: prompt tokens that the prefix cache spared, in the first event.
         prompt_logprobs: of the prompt's tokens but the first, in the first event, if asked for.
         error: what went wrong, with finish_reason "error" or "abort".
     """
@@ -54,6 +54,7 @@ class EngineStream:
         self._reader: asyncio.Future[None] | None = None
         self._loop = asyncio.get_running_loop()
         self._take: Callable[[TokenEvent], bool] | None = None
+        self._take_tokens: Callable[[list[int]], bool] | None = None
 
     def abort(self) -> None:
         """Ends the request at once; nothing more comes. Safe to call at any time."""
@@ -62,13 +63,18 @@ class EngineStream:
             self._on_abort()
         # What takes events knows the request, which knows this stream: left to themselves, they and
         # all that they know would be garbage that only a collection finds.
-        self._unread = self._take = None
+        self._unread = self._take = self._take_tokens = None
         self._wake()
 
     def divert(self, take: Callable[[TokenEvent], bool]) -> None:
         """Has events taken where they come in, without waking the reader; it gets the last one,
         those that ``take`` returns False for, and the exception that it raises."""
         self._take = take
+
+    def divert_tokens(self, take: Callable[[list[int]], bool]) -> None:
+        """The same for tokens of which there is nothing else to tell; the reader gets all that
+        tells more."""
+        self._take_tokens = take
 
     async def __aenter__(self) -> EngineStream:
         return self
@@ -90,6 +96,20 @@ class EngineStream:
         event, self._unread = self._unread, None
         return event
 
+    def put_tokens(self, token_ids: list[int]) -> None:
+        """Takes the next event, which tells of nothing but tokens: nearly every one does."""
+        take = self._take_tokens
+        if take is None or self._unread is not None:
+            self.put(TokenEvent(token_ids))
+            return
+        try:
+            taken = take(token_ids)
+        except Exception as error:
+            self._give_up(error)
+            return
+        if not taken:
+            self.put(TokenEvent(token_ids))
+
     def put(self, event: TokenEvent) -> None:
         """Takes the next event from the engine."""
         before = self._unread
@@ -97,13 +117,17 @@ class EngineStream:
             try:
                 if self._take(event):
                     return
-            except Exception as error:  # of this request, which concerns no other one
-                self.abort()
-                self.fail(error)
+            except Exception as error:
+                self._give_up(error)
                 return
         self._unread = event if before is None else _merged(before, event)
         self._ended = event.finish_reason is not None
         self._wake()
+
+    def _give_up(self, error: Exception) -> None:
+        """Of this request, which concerns no other one."""
+        self.abort()
+        self.fail(error)
 
     def fail(self, error: Exception) -> None:
         """Ends the stream with an exception for its reader."""
@@ -126,5 +150,5 @@ def _merged(first: TokenEvent, then: TokenEvent) -> TokenEvent:
         token_ids=first.token_ids,
         logprobs=logprobs,
         prompt_logprobs=first.prompt_logprobs,
-        num_cached_tokens=then.num_cached_tokens or first.num_cached_tokens,
+        num_cached_tokens=first.num_cached_tokens,
     )

@@ -17,7 +17,7 @@ from typing import Literal
 from jaxserve import log
 from jaxserve.config import EngineConfig
 from server import wire
-from server.engine_messages import SilenceError, hear
+from server.engine_messages import EngineLine, SilenceError
 from server.wire import EXIT_CANNOT_START
 
 COMMAND = (sys.executable, "-m", "server.engine_process")
@@ -145,13 +145,13 @@ class EngineProcess:
                 with contextlib.suppress(ProcessLookupError):
                     if process is not None and process.returncode is None:
                         process.kill()
-            except (OSError, asyncio.IncompleteReadError, wire.WireError):
+            except (OSError, wire.WireError):
                 pass  # it is not there (yet, or any more)
             await asyncio.sleep(CONNECT_S)
 
     async def _listen(self) -> None:
-        """Raises what ``hear`` raises. A process that has not opened its socket yet is not silent:
-        it may take its time until then."""
+        """Raises what ``EngineLine.hear`` raises. A process that has not opened its socket yet is
+        not silent: it may take its time until then."""
         limit = LONGEST_SILENCE_AT_START_S
 
         def take(message: wire.Message) -> None:
@@ -159,8 +159,8 @@ class EngineProcess:
             if isinstance(message, wire.Ready):
                 limit = self._silence_s
 
-        reader, writer = await asyncio.open_unix_connection(self.socket_path)
-        await hear(reader, writer, take, lambda: limit)
+        line = await EngineLine.open(self.socket_path, take)
+        await line.hear(lambda: limit)
 
     async def _spawn(self) -> None:
         # In a session of its own it doesn't get the terminal's Ctrl-C, which is for us to handle.

@@ -116,20 +116,10 @@ class Run:
         pairs = list(zip(self.completions, self._streams))
         return self._follow(*pairs[0]) if len(pairs) == 1 else self._merge(pairs)
 
-    def divert(
-        self,
-        take: Callable[[Delta], None],
-        is_free: Callable[[], bool],
-        write: Callable[[str], None] | None = None,
-    ) -> None:
+    def divert(self, take: Callable[[Delta], None], is_free: Callable[[], bool]) -> None:
         """Has news taken where it comes in, as long as ``is_free()``: to wake a task for each token
         and go through its iterators takes as long as everything else. The iterator gives what is
-        left. Several completions are left to the iterator, which keeps their order.
-
-        Args:
-            write: gets the text of news that tells of nothing else, which ``take`` gets otherwise.
-                Only for requests that asked for nothing but text.
-        """
+        left. Several completions are left to the iterator, which keeps their order."""
         if len(self._streams) != 1:
             return
         completion, stream = self.completions[0], self._streams[0]
@@ -137,20 +127,45 @@ class Run:
         def pass_on(event: TokenEvent) -> bool:
             if not is_free():
                 return False
-            if write is None:
-                take(self._advance(completion, stream, event))
-                return True
-            start = len(completion.output.token_ids)
-            text = completion.add(event)
-            self._measure(completion, len(event.token_ids))
-            if completion.output.finish_reason is not None:
+            take(self._advance(completion, stream, event))
+            return True
+
+        stream.divert(pass_on)
+
+    def divert_text(
+        self,
+        take: Callable[[Delta], None],
+        is_free: Callable[[], bool],
+        write: Callable[[str], None],
+    ) -> None:
+        """The same for requests that asked for nothing but text.
+
+        Args:
+            take: gets what a stop string ends.
+            write: gets the text of all other news.
+        """
+        if len(self._streams) != 1:
+            return
+        completion, stream, output = (
+            self.completions[0],
+            self._streams[0],
+            self.completions[0].output,
+        )
+
+        def pass_on(token_ids: list[int]) -> bool:
+            if not is_free():
+                return False
+            start = len(output.token_ids)
+            text = completion.add_tokens(token_ids)
+            self._measure(completion, len(token_ids))
+            if output.finish_reason is not None:
                 stream.abort()
                 take(completion.since(start, text))
             elif text:
                 write(text)
             return True
 
-        stream.divert(pass_on)
+        stream.divert_tokens(pass_on)
 
     async def finish(self) -> None:
         """Waits until all completions have ended."""

@@ -204,10 +204,13 @@ async def respond(
             if data := encoded(delta):
                 response.write_now(data)
 
-        write = _TextWriter(run, encoded, response.write_now).write if brief else None
         unsent = b""
         try:
-            run.divert(pass_on, response.is_free, write)
+            if brief:
+                write = _TextWriter(run, encoded, response.write_now).write
+                run.divert_text(pass_on, response.is_free, write)
+            else:
+                run.divert(pass_on, response.is_free)
             async for delta in run:
                 unsent += encoded(delta)
                 if unsent and not run.ended:

@@ -12,6 +12,7 @@ import functools
 import struct
 import types
 import typing
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -119,7 +120,7 @@ class Event(NamedTuple):
             [token id, log-probability, rank, [[token id, log-probability], ...]].
         finish_reason: why it ended, if it did.
         stop_reason: the token id that ended it, if one did.
-        num_cached_tokens: prompt tokens that the prefix cache spared.
+        num_cached_tokens: prompt tokens that the prefix cache spared, in the first event.
         prompt_logprobs: the same of the prompt's tokens but the first, once.
         error: [kind, message, field at fault or None]; see the kinds below.
     """
@@ -138,10 +139,16 @@ INVALID, OVERLOADED, FAILED = "invalid", "overloaded", "failed"
 """Kinds of errors: it can't be served; it waited too long; it failed while it ran."""
 
 
+NOTHING_ELSE = (None,) * (len(Event._fields) - 2)
+"""What an event tells besides tokens, if it tells of nothing else."""
+
+
 @dataclass(frozen=True, slots=True)
 class Events:
-    """Engine: news of generations, each an ``Event`` as a list."""
+    """Engine: news of generations. ``tokens`` are those of which there is nothing else to tell, by
+    request id, which are nearly all; the others are each an ``Event`` as a list."""
 
+    tokens: dict[str, Any]
     events: list[Any]
 
 
@@ -182,7 +189,38 @@ def payload_size(header: bytes) -> int:
     return size
 
 
-def decode(payload: bytes) -> Message:
+class Frames:
+    """Cuts what arrives into frames."""
+
+    def __init__(self) -> None:
+        self._rest = bytearray()  # the beginning of a frame
+        self._wanted = 0  # bytes until more of it is known, that beginning included
+
+    def add(self, data: bytes) -> Iterator[memoryview]:
+        """The payloads that are whole with this.
+
+        Raises:
+            WireError: a frame is larger than may come.
+        """
+        if self._rest:
+            self._rest += data
+            if len(self._rest) < self._wanted:
+                return
+            data = bytes(self._rest)
+            self._rest.clear()
+        view, start, self._wanted = memoryview(data), 0, HEADER.size
+        while len(data) - start >= HEADER.size:
+            first = start + HEADER.size
+            end = first + payload_size(data[start:first])
+            if end > len(data):
+                self._wanted = end - start
+                break
+            yield view[first:end]
+            start = end
+        self._rest += view[start:]
+
+
+def decode(payload: bytes | memoryview) -> Message:
     """The message in a frame's payload.
 
     Raises:

@@ -223,8 +223,10 @@ def last_events(sock: socket.socket, count: int) -> dict[str, list[wire.Event]]:
     with sock.makefile("rb") as file:
         while count:
             message = wire.decode(file.read(wire.payload_size(file.read(wire.HEADER.size))))
-            for fields in message.events if isinstance(message, wire.Events) else ():
-                event = wire.Event(*fields)
+            if not isinstance(message, wire.Events):
+                continue
+            plain = [wire.Event(*item) for item in message.tokens.items()]
+            for event in (*plain, *(wire.Event(*fields) for fields in message.events)):
                 events.setdefault(event.request_id, []).append(event)
                 count -= event.finish_reason is not None
     return events

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server import engine_messages, wire
-from server.engine_messages import SilenceError, hear
+from server.engine_messages import EngineLine, SilenceError
 from tests.helpers.patience import within
 from tests.server.running import temporary_socket
 
@@ -33,10 +33,10 @@ async def heard_from(speaker: Speaker, meanwhile: Callable[[], None] = lambda: N
         meanwhile()
 
     async with await asyncio.start_unix_server(serve, path):
-        reader, writer = await asyncio.open_unix_connection(path)
+        line = await EngineLine.open(Path(path), take)
         try:
-            await hear(reader, writer, take, lambda: 0.5)
-        except asyncio.IncompleteReadError:
+            await line.hear(lambda: 0.5)
+        except ConnectionResetError:
             return len(messages)
         finally:
             Path(path).unlink()
@@ -75,3 +75,12 @@ def test_a_process_that_was_held_up_itself_hears_what_came_meanwhile() -> None:
             await asyncio.sleep(0.1)
 
     assert asyncio.run(heard_from(speaker, lambda: time.sleep(1))) == 3
+
+
+def test_what_is_no_message_ends_the_connection() -> None:
+    async def speaker(writer: asyncio.StreamWriter) -> None:
+        writer.write(BEAT + wire.HEADER.pack(1) + b"\xc0")
+        await asyncio.sleep(3600)
+
+    with pytest.raises(wire.WireError, match="no message"):
+        asyncio.run(heard_from(speaker))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import gc
 import weakref
+from collections.abc import Callable
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from server.engine_stream import EngineStream, TokenEvent
 
 
+@pytest.mark.parametrize("only_tokens", [False, True])
 @given(steps=st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=30))
 def test_what_is_diverted_and_what_is_read_is_all_in_order(
-    steps: list[tuple[bool, bool]],
+    steps: list[tuple[bool, bool]], only_tokens: bool
 ) -> None:
     """Each step brings a token; whether the taker is free then, and whether the reader gets its
     turn afterwards, is drawn."""
@@ -24,21 +27,26 @@ def test_what_is_diverted_and_what_is_read_is_all_in_order(
     async def main() -> None:
         stream, free = EngineStream("a", lambda: None), False
 
-        def take(event: TokenEvent) -> bool:
+        def take(token_ids: list[int]) -> bool:
             if free:
-                got.extend(event.token_ids)
-                diverted.extend(event.token_ids)
+                got.extend(token_ids)
+                diverted.extend(token_ids)
             return free
 
         async def read() -> None:
             async for event in stream:
                 got.extend(event.token_ids)
 
-        stream.divert(take)
+        if only_tokens:
+            stream.divert_tokens(take)
+        else:
+            stream.divert(lambda event: take(event.token_ids))
         reader = asyncio.create_task(read())
         for number, (free, pause) in enumerate(steps):  # noqa: B007
-            last = number == len(steps) - 1
-            stream.put(TokenEvent([number], finish_reason="length" if last else None))
+            if number == len(steps) - 1:
+                stream.put(TokenEvent([number], finish_reason="length"))
+            else:
+                stream.put_tokens([number])
             if pause:
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
@@ -49,17 +57,20 @@ def test_what_is_diverted_and_what_is_read_is_all_in_order(
     assert len(steps) - 1 not in diverted, "the last event is the reader's"
 
 
-def test_what_the_taker_raises_ends_the_request_for_its_reader_alone() -> None:
+@pytest.mark.parametrize("divert", [EngineStream.divert, EngineStream.divert_tokens])
+def test_what_the_taker_raises_ends_the_request_for_its_reader_alone(
+    divert: Callable[..., None],
+) -> None:
     aborted = []
 
     async def main() -> None:
         stream = EngineStream("a", lambda: aborted.append("a"))
 
-        def take(event: TokenEvent) -> bool:
+        def take(news: object) -> bool:
             raise ValueError("no such token")
 
-        stream.divert(take)
-        stream.put(TokenEvent([1]))
+        divert(stream, take)
+        stream.put_tokens([1])
         try:
             await anext(stream)
         except ValueError as error:
@@ -71,12 +82,13 @@ def test_what_the_taker_raises_ends_the_request_for_its_reader_alone() -> None:
     assert aborted == ["a"]
 
 
-def test_an_ended_stream_leaves_no_garbage() -> None:
+@pytest.mark.parametrize("divert", [EngineStream.divert, EngineStream.divert_tokens])
+def test_an_ended_stream_leaves_no_garbage(divert: Callable[..., None]) -> None:
     """A taker knows its stream. Collections take long, for they look at all requests."""
 
     async def main() -> weakref.ref[EngineStream]:
         stream = EngineStream("a", lambda: None)
-        stream.divert(lambda event: stream is None)
+        divert(stream, lambda news: stream is None)
         async with stream:
             stream.put(TokenEvent([1], finish_reason="length"))
         return weakref.ref(stream)

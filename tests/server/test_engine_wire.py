@@ -21,7 +21,7 @@ MESSAGES: list[wire.Message] = [
     wire.Starting("weights", 1, 2, 0),
     wire.Ready({"model": "m"}),
     wire.Heartbeat(0.0, 1, 2, False),
-    wire.Events([["a", [1], None, "stop", None, 0, None, None]]),
+    wire.Events({"b": [2, 3]}, [["a", [1], None, "stop", None, 0, None, None]]),
 ]
 
 
@@ -49,6 +49,25 @@ def test_a_message_comes_back_as_it_was(message: wire.Message) -> None:
 def test_what_is_no_message_is_refused(value: Any) -> None:
     with pytest.raises(wire.WireError):
         wire.decode(msgpack.packb(value))
+
+
+@given(st.lists(st.sampled_from(MESSAGES), max_size=6), st.data())
+def test_frames_come_out_of_pieces_of_any_sizes(
+    messages: list[wire.Message], data: st.DataObject
+) -> None:
+    arriving, frames, got = b"".join(map(wire.encode, messages)), wire.Frames(), []
+    while arriving:
+        size = data.draw(st.integers(1, len(arriving)))
+        got += [wire.decode(payload) for payload in frames.add(arriving[:size])]
+        arriving = arriving[size:]
+    assert got == messages
+
+
+def test_a_frame_that_is_too_large_is_refused_when_its_header_is_here() -> None:
+    frames = wire.Frames()
+    assert not list(frames.add(b"\xff\xff\xff"))
+    with pytest.raises(wire.WireError):
+        list(frames.add(b"\xff"))
 
 
 @given(st.binary(max_size=60))
