@@ -7,7 +7,6 @@ import contextlib
 import importlib
 import logging
 import re
-import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from server.cors import add_cors
 from server.engine_client import EngineClient
 from server.errors import api_error
 from server.metrics import Metrics
+from server.replies import new_id
 from server.routes.chat import chat_completions
 from server.routes.completions import completions
 from server.routes.embeddings import embeddings
@@ -152,7 +152,7 @@ async def _outermost(request: web.Request, handler: Handler) -> web.StreamRespon
     The log holds the route's pattern, not the path, and nothing of the query or of headers.
     """
     given = request.headers.get("X-Request-Id", "")
-    request_id = given if CHOSEN_ID.fullmatch(given) else secrets.token_hex(16)
+    request_id = given if CHOSEN_ID.fullmatch(given) else new_id()
     request[REQUEST_ID] = request_id
     began, status = time.monotonic(), CLIENT_LEFT
     try:

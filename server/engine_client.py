@@ -33,8 +33,8 @@ MAX_RETRY_AFTER_S = 60.0
 NO_ERROR = (None, None, None)
 FRONT_END_ONLY = ("n", "stop", "bad_words", "truncate_prompt_tokens")
 """Sampling parameters that the front-end has dealt with, and the engine does not need."""
-NEUTRAL = {k: v for k, v in vars(SamplingParams()).items() if k not in FRONT_END_ONLY}
-"""The others, which travel only where they differ from these."""
+NEUTRAL = vars(SamplingParams())
+"""The others travel only where they differ from these."""
 
 
 class EngineClient:
@@ -137,8 +137,8 @@ class EngineClient:
         limits.check_params(params)
         given = {
             name: value
-            for name, neutral in NEUTRAL.items()
-            if (value := getattr(params, name)) != neutral
+            for name, value in vars(params).items()
+            if value is not NEUTRAL[name] and value != NEUTRAL[name] and name not in FRONT_END_ONLY
         }
         key, prompt = next(self._ids), list(prompt_token_ids)
         timeout_s = self._queue_timeout_s
@@ -201,7 +201,7 @@ class EngineClient:
         if num_requests >= self.info.max_num_seqs + self._max_queue:
             message = f"{num_requests} requests are running or waiting; try again later."
             raise OverloadedError(message, self._retry_after())
-        return Limits(self.info.max_model_len, self.info.vocab_size)
+        return self.info.limits
 
     def _abort(self, key: str) -> None:
         """Called by a stream that nobody reads any more."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
+from jaxserve.engine.admission import Limits
 from jaxserve.errors import JaxserveError
 
 State = Literal["starting", "ready", "draining", "dead", "closed"]
@@ -51,6 +53,11 @@ class EngineInfo:
     model: str
     version: str
     default_sampling_params: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def limits(self) -> Limits:
+        """What its prompts and parameters may be."""
+        return Limits(self.max_model_len, self.vocab_size)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from aiohttp import web
 
-from jaxserve.engine.admission import Limits
 from jaxserve.errors import InvalidRequestError
 from jaxserve.log import logger
 from server.config import ServerConfig
@@ -148,7 +147,6 @@ class Service:
     def admit(self, ids: list[int], options: Options, param: str) -> list[int]:
         """A prompt's token ids, cut off if wished. Raises what ``prompts`` raises."""
         info, params = self.info(), options.params
-        limits = Limits(info.max_model_len, info.vocab_size)
         ids = params.truncated(ids, info.max_model_len)
         if not ids:
             raise InvalidRequestError(f"{param} has no tokens; give at least one.", param)
@@ -166,8 +164,8 @@ class Service:
                 "it out.",
                 "max_tokens",
             )
-        limits.check_token_ids(param, ids)
-        limits.check_params(params)
+        info.limits.check_token_ids(param, ids)
+        info.limits.check_params(params)
         return ids
 
 

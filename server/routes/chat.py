@@ -27,7 +27,7 @@ async def chat_completions(request: web.Request) -> web.StreamResponse:
     model = service.model(wanted.options.model)
     options = await service.texts.with_bad_words(wanted.options)
     prompt = await service.conversation(wanted.conversation, options)
-    request_id, role = new_id("chatcmpl"), service.config.response_role
+    request_id, role = new_id("chatcmpl-"), service.config.response_role
     service.log_request(request_id, [prompt], options)
     async with make_run(service, request_id, [prompt], options) as run:
         if options.stream:

@@ -27,7 +27,7 @@ async def completions(request: web.Request) -> web.StreamResponse:
     options = await service.texts.with_bad_words(wanted.options)
     prompts = await service.prompts(wanted.prompts, wanted.add_special_tokens, options)
     echoes = [await _echo(service, prompt) if wanted.echo else "" for prompt in prompts]
-    request_id = new_id("cmpl")
+    request_id = new_id("cmpl-")
     service.log_request(request_id, prompts, options)
     start = head(request_id, "text_completion", model)
     async with make_run(service, request_id, prompts, options) as run:

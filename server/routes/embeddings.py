@@ -11,7 +11,6 @@ from typing import Any
 
 from aiohttp import web
 
-from jaxserve.engine.admission import Limits
 from jaxserve.errors import InvalidRequestError
 from server.body import json_object
 from server.engine_client import EngineClient
@@ -45,7 +44,6 @@ async def embeddings(request: web.Request) -> web.Response:
 def _check(inputs: Sequence[Sequence[int]], service: Service) -> None:
     """Refuses what the engine could not take, now or ever."""
     info, most = service.info(), service.config.max_queue
-    limits = Limits(info.max_model_len, info.vocab_size)
     if len(inputs) > most:
         message = f"{len(inputs)} inputs in one request are more than the queue's {most}."
         raise InvalidRequestError(message, "input")
@@ -58,14 +56,14 @@ def _check(inputs: Sequence[Sequence[int]], service: Service) -> None:
                 f"{info.max_model_len} can hold. Shorten it.",
                 "input",
             )
-        limits.check_token_ids("input", ids)
+        info.limits.check_token_ids("input", ids)
 
 
 async def _embed_all(
     inputs: Sequence[list[int]], pooling: str, engine: EngineClient
 ) -> list[list[float]]:
     """A vector for each; all are given up if one fails."""
-    request_id = new_id("embd")
+    request_id = new_id("embd-")
 
     try:
         async with asyncio.TaskGroup() as group:

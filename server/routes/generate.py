@@ -37,7 +37,7 @@ async def generate(request: web.Request) -> web.StreamResponse:
     prompt = prompts[0].text
     if prompt is None:
         prompt = await service.texts.decode(prompts[0].token_ids, "prompt")
-    request_id = new_id("generate")
+    request_id = new_id("generate-")
     service.log_request(request_id, prompts, options)
     async with make_run(service, request_id, prompts, options) as run:
         if not options.stream:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from jaxserve.engine.admission import Limits
 from server.body import json_object
 from server.protocol.tokens import parse_detokenize, parse_tokenize
 from server.replies import json_response
@@ -34,6 +33,5 @@ async def detokenize(request: web.Request) -> web.Response:
     service = request.app[SERVICE]
     model, ids = parse_detokenize(await json_object(request, service.config))
     service.model(model)
-    info = service.info()
-    Limits(info.max_model_len, info.vocab_size).check_token_ids("tokens", ids)
+    service.info().limits.check_token_ids("tokens", ids)
     return json_response({"prompt": await service.texts.decode(ids, "tokens")})
