@@ -146,12 +146,16 @@ class Generation:
         if self._stream is None or (stops and not params.include_stop_str_in_output):
             return ""
         text = self._stream.feed(token_id)
-        if len(output.token_ids) > params.min_tokens:
+        if params.stop and len(output.token_ids) > params.min_tokens:
             text = self._stop.feed(text)
             if self._stop.matched is not None:
                 output.finish_reason = str(FinishReason.STOP)
                 output.stop_reason = self._stop.matched
-        output.text += text
+        # Python makes a string longer in place where there is no other reference to it; else each
+        # token would copy all that came before.
+        so_far, output.text = output.text, ""
+        so_far += text
+        output.text = so_far
         return text
 
     def finish(self, reason: FinishReason, stop_reason: int | None = None) -> str:

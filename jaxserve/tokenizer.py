@@ -223,23 +223,25 @@ class FastTextStream(TextStream):
         super().__init__(tokenizer, prompt_ids, skip_special_tokens, fast.decode)
         self._fast = fast
         self._new = tokenizer.new_decode_stream
-        self._stream = self._new_stream(self._context)
+        self._step = self._new_stream(self._context).step
         held_back, self._pending = self._pending, []
         for token in held_back:
             self.feed(token)
 
     def feed(self, token_id: int) -> str:
-        self._pending.append(token_id)
         try:
-            text = self._stream.step(self._fast, token_id)
+            text: str | None = self._step(self._fast, token_id)
         except Exception:
             # The library gives up on some byte sequences ("Invalid prefix encountered"): what is
             # pending can't become a character any more.
-            self._stream = self._new_stream([])
+            self._step = self._new_stream([]).step
+            self._pending.append(token_id)
             return self.flush()
         if not text:
+            self._pending.append(token_id)
             return ""
-        self._pending.clear()
+        if self._pending:
+            self._pending.clear()
         return text
 
     def _new_stream(self, context: Sequence[int]) -> Any:

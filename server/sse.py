@@ -64,7 +64,7 @@ class TimedResponse:
         self._transport: asyncio.Transport | None = None
         self._loop = asyncio.get_running_loop()
         self._writing_since: float | None = None
-        self._last_write = self._loop.time()
+        self._wrote, self._silent_since = False, self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
         self._pings: set[asyncio.Task[None]] = set()
 
@@ -95,7 +95,7 @@ class TimedResponse:
         self._writing_since = self._loop.time()
         await self._begin()
         await self._response.write(data)
-        self._writing_since, self._last_write = None, self._loop.time()
+        self._writing_since, self._wrote = None, True
 
     async def end(self, data: bytes) -> web.StreamResponse:
         """Sends the last bytes and ends the reply."""
@@ -112,7 +112,7 @@ class TimedResponse:
         return (
             transport is not None
             and self._writing_since is None
-            and transport.get_write_buffer_size() == 0
+            and not transport.get_write_buffer_size()
             and not transport.is_closing()
         )
 
@@ -120,7 +120,7 @@ class TimedResponse:
         """Sends bytes without waiting, past aiohttp's writer: the system takes them at once."""
         assert self._transport is not None, "only if it is free"
         self._transport.write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
-        self._last_write = self._loop.time()
+        self._wrote = True
 
     async def _begin(self) -> None:
         if self.begun:
@@ -140,7 +140,9 @@ class TimedResponse:
                 logger.info("a client did not read its stream and was cut off")
                 transport.abort()
             return
-        idle = self._writing_since is None and now - self._last_write >= self._ping_after
+        if self._wrote:  # to ask for the time with each chunk would cost more
+            self._wrote, self._silent_since = False, now
+        idle = self._writing_since is None and now - self._silent_since >= self._ping_after
         if idle and self._ping and transport is not None and not transport.is_closing():
             task = self._loop.create_task(self._send_ping())
             self._pings.add(task)

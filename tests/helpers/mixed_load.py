@@ -60,6 +60,7 @@ class Plan:
         seconds: of measured load.
         warm_up_s: of load before that, at least.
         disconnects, bad: shares of all requests.
+        output_tokens: of each stream; None leaves it to the model, which soon ends.
         seed: of what each client sends in which order.
     """
 
@@ -68,6 +69,7 @@ class Plan:
     warm_up_s: float = 10.0
     disconnects: float = 0.05
     bad: float = 0.05
+    output_tokens: int | None = None
     seed: int = 0
 
 
@@ -123,6 +125,8 @@ class Load:
         """A path and a body."""
         body: dict[str, Any] = {"stream": True}
         body |= {"temperature": rng.choice((0, 1)), "max_tokens": rng.choice(LENGTHS)}
+        if self._plan.output_tokens is not None:
+            body |= {"max_tokens": self._plan.output_tokens, "ignore_eos": True}
         if rng.random() < 0.5:
             return "/v1/completions", {**body, "prompt": rng.choice(BEGINNINGS)}
         messages = [{"role": "user", "content": rng.choice(QUESTIONS)}]
