@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from jaxserve.engine.request import FinishReason
+from jaxserve.engine.request import FinishReason, TokenLogprobs
 from jaxserve.errors import RequestFailedError
 from jaxserve.outputs import Generation, Logprob
 from server.engine_stream import TokenEvent
 from server.errors import unavailable
 from server.service import Prompt
 
-TokenLogprobs = dict[int, Logprob]
+ShownLogprobs = dict[int, Logprob]
 
 
 def check(event: TokenEvent) -> TokenEvent:
@@ -40,7 +40,7 @@ class Delta:
     completion: Completion
     text: str
     token_ids: list[int]
-    logprobs: list[TokenLogprobs] | None
+    logprobs: list[ShownLogprobs] | None
     finish_reason: str | None
     stop_reason: int | str | None
 
@@ -60,7 +60,7 @@ class Completion:
         self.prompt = prompt
         self.output = generation.output
         self.num_cached_tokens: int | None = None
-        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        self.prompt_logprobs: list[ShownLogprobs | None] | None = None
         self.first_event_at: float | None = None
         self.last_event_at = 0.0
         self._generation = generation
@@ -79,29 +79,30 @@ class Completion:
         if event.prompt_logprobs is not None:
             self.prompt_logprobs = [None, *map(self._generation.shown, event.prompt_logprobs)]
         start = len(self.output.token_ids)
-        text = self._add(event)
+        stops = event.finish_reason == FinishReason.STOP
+        text = self.add(event.token_ids, event.logprobs, stops)
         if event.finish_reason is not None and self.output.finish_reason is None:
             reason = FinishReason(event.finish_reason)
             text += self._generation.finish(reason, event.stop_reason)
         return self.since(start, text)
 
-    def add_tokens(self, token_ids: list[int]) -> str:
-        """Adds tokens of which there is nothing else to tell; returns their text."""
-        output, append, text = self.output, self._generation.append, ""
-        for token_id in token_ids:
-            text += append(token_id, None)
-            if output.finish_reason is not None:
-                break  # a stop string: what follows is surplus
-        return text
+    def add(
+        self,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs] | None = None,
+        stops: bool = False,
+    ) -> str:
+        """Adds tokens; returns their text.
 
-    def _add(self, event: TokenEvent) -> str:
-        """Adds an event's tokens, but not what else it tells; returns their text."""
+        Args:
+            logprobs: of each, if they were asked for.
+            stops: the last one ends the completion, see ``Generation.append``.
+        """
         output, append, text = self.output, self._generation.append, ""
-        last = len(event.token_ids) - 1
-        for place, token_id in enumerate(event.token_ids):
-            logprobs = None if event.logprobs is None else event.logprobs[place]
-            stops = place == last and event.finish_reason == FinishReason.STOP
-            text += append(token_id, logprobs, stops)
+        last = len(token_ids) - 1
+        for place, token_id in enumerate(token_ids):
+            its_logprobs = None if logprobs is None else logprobs[place]
+            text += append(token_id, its_logprobs, stops and place == last)
             if output.finish_reason is not None:
                 break  # a stop string: what follows is surplus
         return text

@@ -146,17 +146,14 @@ class Run:
         """
         if len(self._streams) != 1:
             return
-        completion, stream, output = (
-            self.completions[0],
-            self._streams[0],
-            self.completions[0].output,
-        )
+        completion, stream = self.completions[0], self._streams[0]
+        output = completion.output
 
         def pass_on(token_ids: list[int]) -> bool:
             if not is_free():
                 return False
             start = len(output.token_ids)
-            text = completion.add_tokens(token_ids)
+            text = completion.add(token_ids)
             self._measure(completion, len(token_ids))
             if output.finish_reason is not None:
                 stream.abort()

@@ -112,7 +112,7 @@ class TimedResponse:
         return (
             transport is not None
             and self._writing_since is None
-            and not transport.get_write_buffer_size()
+            and transport.get_write_buffer_size() == 0
             and not transport.is_closing()
         )
 
