@@ -66,9 +66,11 @@ def play(scene: Callable[[EngineClient], Awaitable[None]], **options: Any) -> No
 
 def test_tokens_come_as_they_would_in_one_process() -> None:
     async def scene(client: EngineClient) -> None:
-        tokens, last = await read(client.submit("a", [1, 2, 3], greedy(12)))
+        events = [event async for event in client.submit("a", [1, 2, 3], greedy(12))]
+        tokens = [token for event in events for token in event.token_ids]
         assert tokens == naive([1, 2, 3], 12, VOCAB)
-        assert (last.finish_reason, last.error, last.num_cached_tokens) == ("length", None, 0)
+        assert (events[-1].finish_reason, events[-1].error) == ("length", None)
+        assert events[0].num_cached_tokens == 0, "the first event tells"
         seeded = SamplingParams(seed=5, max_tokens=12, stop_token_ids=[naive([1], 9, 100, 5)[6]])
         tokens, last = await read(client.submit("b", [1], seeded))
         assert tokens == naive([1], 12, VOCAB, 5, seeded.stop_token_ids or ())
