@@ -8,10 +8,9 @@ measured, then all figures as JSON; the exit code is 1 if a promise was broken. 
 and engine share the machine, so on two cores the times are those of a fully loaded one.
 
 What the front-end costs for each streamed token contains its share of the request, so it depends on
-how many tokens a stream has. The promise is held to streams of 128 tokens, for which the same
-server gets the same load once more; the demo model ends its answers after about 37, and what a
-token costs there is among the figures. So is how the cost divides into tokens and requests
-(``token_cost``).
+how many tokens a stream has. The demo model ends its answers after about 37; the same server gets
+the same load once more with streams of 128. Among the figures is also how the cost divides into
+tokens and requests (``token_cost``).
 """
 
 from __future__ import annotations
@@ -163,6 +162,7 @@ def promises(figures: dict[str, Any]) -> list[tuple[str, Any, str, bool]]:
     for what, key, most in (
         ("p99 TTFT, last / first minute", "ttft_ratio", 1.2),
         ("event loop lag p99, ms", "loop_lag_p99_ms", 50.0),
+        ("front-end CPU per token, us", "front_end_us_per_token", MAX_US_PER_TOKEN),
     ):
         rows.append((what, round(figures[key], 2), f"{most:g}", figures[key] <= most))
     return rows
