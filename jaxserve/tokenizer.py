@@ -37,7 +37,6 @@ class Tokenizer:
         self, path: str, revision: str | None = None, chat_template: str | None = None
     ) -> None:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no torch is fine
-        from tokenizers.decoders import DecodeStream
         from transformers import AutoTokenizer
 
         from jaxserve.vocab import open_vocabulary
@@ -58,7 +57,6 @@ class Tokenizer:
             logger.info("%s has no chat template: the built-in %r is used.", path, certain)
             self.hf.chat_template = chat_templates.built_in(certain)
         self._fast = _fast(self.hf)
-        self.new_decode_stream: Callable[..., Any] = DecodeStream
         own = getattr(self.hf, "conversation_ids", None)
         self._conversation_ids = own if chat_template is None and self.hf.chat_template else None
 
@@ -222,7 +220,6 @@ class FastTextStream(TextStream):
     ) -> None:
         super().__init__(tokenizer, prompt_ids, skip_special_tokens, fast.decode)
         self._fast = fast
-        self._new = tokenizer.new_decode_stream
         self._step = self._new_stream(self._context).step
         held_back, self._pending = self._pending, []
         for token in held_back:
@@ -245,7 +242,9 @@ class FastTextStream(TextStream):
         return text
 
     def _new_stream(self, context: Sequence[int]) -> Any:
-        return self._new(ids=list(context), skip_special_tokens=self._skip)
+        from tokenizers.decoders import DecodeStream
+
+        return DecodeStream(ids=list(context), skip_special_tokens=self._skip)
 
 
 def _fast(hf: Any) -> Any:

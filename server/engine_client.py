@@ -33,8 +33,8 @@ MAX_RETRY_AFTER_S = 60.0
 NO_ERROR = (None, None, None)
 FRONT_END_ONLY = ("n", "stop", "bad_words", "truncate_prompt_tokens")
 """Sampling parameters that the front-end has dealt with, and the engine does not need."""
-NEUTRAL = vars(SamplingParams())
-"""The others travel only where they differ from these."""
+NEUTRAL = {k: v for k, v in vars(SamplingParams()).items() if k not in FRONT_END_ONLY}
+"""The others, which travel only where they differ from these."""
 
 
 class EngineClient:
@@ -137,8 +137,8 @@ class EngineClient:
         limits.check_params(params)
         given = {
             name: value
-            for name, value in vars(params).items()
-            if value is not NEUTRAL[name] and value != NEUTRAL[name] and name not in FRONT_END_ONLY
+            for name, neutral in NEUTRAL.items()
+            if (value := getattr(params, name)) != neutral
         }
         key, prompt = next(self._ids), list(prompt_token_ids)
         timeout_s = self._queue_timeout_s

@@ -98,17 +98,14 @@ class EngineStream:
 
     def put_tokens(self, token_ids: list[int]) -> None:
         """Takes the next event, which tells of nothing but tokens: nearly every one does."""
-        take = self._take_tokens
-        if take is None or self._unread is not None:
-            self.put(TokenEvent(token_ids))
-            return
-        try:
-            taken = take(token_ids)
-        except Exception as error:
-            self._give_up(error)
-            return
-        if not taken:
-            self.put(TokenEvent(token_ids))
+        if self._take_tokens is not None and self._unread is None:
+            try:
+                if self._take_tokens(token_ids):
+                    return
+            except Exception as error:
+                self._give_up(error)
+                return
+        self.put(TokenEvent(token_ids))
 
     def put(self, event: TokenEvent) -> None:
         """Takes the next event from the engine."""

@@ -6,7 +6,6 @@ import asyncio
 import time
 from typing import Any
 
-from jaxserve.engine.admission import Limits
 from jaxserve.engine.request import TokenLogprobs
 from jaxserve.sampling.params import SamplingParams
 from server.engine_client import EngineDeadError, EngineInfo, OverloadedError, Startup
@@ -75,7 +74,7 @@ class FakeEngineClient:
     ) -> EngineStream:
         if self.state != "ready" or self.info is None:
             raise EngineDeadError("The engine is dead.")
-        limits = Limits(self.info.max_model_len, self.info.vocab_size)
+        limits = self.info.limits
         limits.check_prompt(prompt_token_ids)
         limits.check_params(params)
         if len(self.live) >= self._capacity:
