@@ -88,7 +88,7 @@ SERVER_NO_OPS = NO_OPS | {
     "scheduler_delay_factor": "requests are admitted as soon as there is room",
     "num_lookahead_slots": "pages are given out as they are needed",
     "num_scheduler_steps": "the scheduler always runs ahead of the device",
-    "multi_step_stream_outputs": "every token is streamed as it comes",
+    "multi_step_stream_outputs": "tokens are streamed as they come; see --stream-interval",
     "disable_async_output_proc": "text is always made in another process than the engine's",
     "max_num_partial_prefills": "the step's token budget decides",
     "max_long_partial_prefills": "the step's token budget decides",
@@ -98,7 +98,6 @@ SERVER_NO_OPS = NO_OPS | {
     "disable_hybrid_kv_cache_manager": "there is one page allocator",
     "prefix_caching_hash_algo": "page hashes are chained BLAKE2b",
     "calculate_kv_scales": "the KV cache has the model's dtype and needs no scales",
-    "stream_interval": "every token is streamed as it comes",
     # Speculative decoding.
     "speculative_config": _NO_DRAFTS,
     "speculative_model": _NO_DRAFTS,

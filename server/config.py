@@ -10,6 +10,8 @@ from jaxserve import chat_templates
 from jaxserve.errors import ConfigError
 
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+MAX_STREAM_INTERVAL = 1024
+"""The text of so many tokens is made in two milliseconds, in which other streams have to wait."""
 KEY_CHARACTERS = frozenset(map(chr, range(0x21, 0x7F)))
 """Of an API key: what an Authorization header carries unchanged."""
 
@@ -52,6 +54,8 @@ class ServerConfig:
         write_timeout_s: longest wait for a client that doesn't read its stream.
         keep_alive_s: how long an idle connection stays open.
         stream_ping_s: silence in a stream after which a comment line keeps proxies awake.
+        stream_interval: tokens for which a stream gets a chunk, after the first one, which is sent
+            at once. More spare the server and its clients work, and make the text come in jerks.
         step_timeout_s: a step of the engine that takes longer counts as hung.
         shutdown_timeout_s: how long running requests may go on after the first signal.
         api_server_count: processes that speak HTTP, all on the same port.
@@ -95,6 +99,7 @@ class ServerConfig:
     write_timeout_s: float = 30.0
     keep_alive_s: float = 30.0
     stream_ping_s: float = 30.0
+    stream_interval: int = 1
     step_timeout_s: float = 300.0
     shutdown_timeout_s: float = 25.0
     api_server_count: int = 1
@@ -114,6 +119,10 @@ class ServerConfig:
         if self.log_level not in LOG_LEVELS:
             known = ", ".join(LOG_LEVELS)
             raise ConfigError(f"log_level={self.log_level!r} must be one of {known}.")
+        if self.stream_interval > MAX_STREAM_INTERVAL:
+            raise ConfigError(
+                f"stream_interval={self.stream_interval} must be at most {MAX_STREAM_INTERVAL}."
+            )
         self._check_access()
         if self.root_path and not self.root_path.startswith("/"):
             raise ConfigError(f"root_path={self.root_path!r} must begin with a slash.")

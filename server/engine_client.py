@@ -123,9 +123,11 @@ class EngineClient:
         *,
         cache_salt: str = "",
         priority: int = 0,
+        interval: int = 1,
     ) -> EngineStream:
-        """Begins one generation (``params.n`` is the caller's business); returns its events.
-        Requests with lower priorities get their turn first and lose it last.
+        """Begins one generation (``params.n`` is the caller's business); returns its events, of so
+        many tokens (see EngineStream). Requests with lower priorities get their turn first and lose
+        it last.
 
         Raises:
             InvalidRequestError: it could not be served, now or ever.
@@ -143,7 +145,8 @@ class EngineClient:
         key, prompt = next(self._ids), list(prompt_token_ids)
         timeout_s = self._queue_timeout_s
         self._send(wire.Submit(key, prompt, given, cache_salt, priority, timeout_s))
-        self._streams[key] = stream = EngineStream(request_id, lambda: self._abort(key))
+        stream = EngineStream(request_id, lambda: self._abort(key), interval)
+        self._streams[key] = stream
         return stream
 
     async def embed(

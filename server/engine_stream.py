@@ -43,11 +43,15 @@ class EngineStream:
     Args:
         request_id: the caller's.
         on_abort: called when the request is to be aborted.
+        interval: so many tokens are news; fewer are held back until there are more, but for the
+            first event and the last.
     """
 
-    def __init__(self, request_id: str, on_abort: Callable[[], None]) -> None:
+    def __init__(self, request_id: str, on_abort: Callable[[], None], interval: int = 1) -> None:
         self.request_id = request_id
         self._on_abort = on_abort
+        self._interval = interval
+        self._held: TokenEvent | None = None
         self._unread: TokenEvent | None = None
         self._failure: Exception | None = None
         self._ended = False
@@ -63,7 +67,7 @@ class EngineStream:
             self._on_abort()
         # What takes events knows the request, which knows this stream: left to themselves, they and
         # all that they know would be garbage that only a collection finds.
-        self._unread = self._take = self._take_tokens = None
+        self._held = self._unread = self._take = self._take_tokens = None
         self._wake()
 
     def divert(self, take: Callable[[TokenEvent], bool]) -> None:
@@ -98,6 +102,14 @@ class EngineStream:
 
     def put_tokens(self, token_ids: list[int]) -> None:
         """Takes the next event, which tells of nothing but tokens: nearly every one does."""
+        if self._interval > 1:
+            if self._held is None:
+                self._held = TokenEvent(token_ids)
+            else:
+                self._held.token_ids.extend(token_ids)
+            if len(self._held.token_ids) < self._interval:
+                return
+            token_ids, self._held = self._held.token_ids, None
         if self._take_tokens is not None and self._unread is None:
             try:
                 if self._take_tokens(token_ids):
@@ -109,8 +121,14 @@ class EngineStream:
 
     def put(self, event: TokenEvent) -> None:
         """Takes the next event from the engine."""
+        if self._held is not None:
+            event, self._held = _merged(self._held, event), None
+        begins, ends = event.num_cached_tokens is not None, event.finish_reason is not None
+        if len(event.token_ids) < self._interval and not begins and not ends:
+            self._held = event
+            return
         before = self._unread
-        if self._take is not None and before is None and event.finish_reason is None:
+        if self._take is not None and before is None and not ends:
             try:
                 if self._take(event):
                     return
@@ -118,7 +136,7 @@ class EngineStream:
                 self._give_up(error)
                 return
         self._unread = event if before is None else _merged(before, event)
-        self._ended = event.finish_reason is not None
+        self._ended = ends
         self._wake()
 
     def _give_up(self, error: Exception) -> None:
@@ -127,7 +145,10 @@ class EngineStream:
         self.fail(error)
 
     def fail(self, error: Exception) -> None:
-        """Ends the stream with an exception for its reader."""
+        """Ends the stream with an exception for its reader, behind what came before."""
+        if self._held is not None:
+            held, self._held = self._held, None
+            self._unread = held if self._unread is None else _merged(self._unread, held)
         self._failure = error
         self._ended = True
         self._wake()

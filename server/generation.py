@@ -89,6 +89,7 @@ class Run:
             params,
             cache_salt=self.options.cache_salt,
             priority=self.options.priority,
+            interval=self.options.interval,
         )
         self._streams.append(stream)
         self._add(number, prompt, params)

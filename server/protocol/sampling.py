@@ -10,7 +10,7 @@ from typing import Any
 from jaxserve.beam_search import BeamSearchParams
 from jaxserve.errors import InvalidRequestError
 from jaxserve.sampling.params import SamplingParams
-from server.config import ServerConfig
+from server.config import MAX_STREAM_INTERVAL, ServerConfig
 from server.protocol.beams import BEAM_FIELDS, beam_params
 from server.protocol.fields import (
     Field,
@@ -27,6 +27,9 @@ from server.protocol.fields import (
 MAX_INT32 = 2**31 - 1
 MAX_BEST_OF = 20
 MAX_METADATA = 16
+WHOLE_INTERVAL = 64
+"""Tokens of a reply that isn't streamed that are looked at together. To wake a task for each costs
+ten times as much as its text; to make the text of thousands at once would hold up the streams."""
 ENGINE_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
 
 
@@ -149,7 +152,11 @@ COMMON: dict[str, Field] = {
     "thinking_token_budget": unsupported(_NOT_HERE),
     "kv_transfer_params": unsupported(_NOT_HERE),
     "vllm_xargs": unsupported(_NOT_HERE),
-    "stream_interval": unsupported("text is sent as it comes", (1,)),
+    "stream_interval": integer(
+        "Send a chunk for so many tokens; the server's --stream-interval if absent.",
+        1,
+        MAX_STREAM_INTERVAL,
+    ),
     "user": no_op("An end user's name."),
     "metadata": Field(_metadata, {"type": "object"}, "No effect. At most 16 short strings."),
     "store": no_op("Nothing is stored."),
@@ -174,6 +181,7 @@ class Options:
         max_tokens: asked for, None if the request didn't say; then params has a default, which the
             context's end cuts short.
         show_logprobs: the reply has log-probabilities; ``params.logprobs`` may be set without.
+        stream_interval: tokens for which a streamed reply gets a chunk.
     """
 
     model: str | None
@@ -190,6 +198,15 @@ class Options:
     cache_salt: str
     tokens_as_ids: bool
     return_token_ids: bool
+    stream_interval: int
+
+    @property
+    def interval(self) -> int:
+        """Tokens from one look at a completion to the next. Stop strings end it at the next one,
+        so for their sake each token of a whole reply is looked at."""
+        if self.stream:
+            return self.stream_interval
+        return 1 if self.params.stop else WHOLE_INTERVAL
 
     @property
     def only_text(self) -> bool:
@@ -255,6 +272,7 @@ def options(
         cache_salt=values["cache_salt"] or "",
         tokens_as_ids=values["return_tokens_as_token_ids"],
         return_token_ids=values["return_token_ids"],
+        stream_interval=values["stream_interval"] or config.stream_interval,
     )
 
 

@@ -71,6 +71,7 @@ class FakeEngineClient:
         *,
         cache_salt: str = "",
         priority: int = 0,
+        interval: int = 1,
     ) -> EngineStream:
         if self.state != "ready" or self.info is None:
             raise EngineDeadError("The engine is dead.")
@@ -81,7 +82,7 @@ class FakeEngineClient:
             raise OverloadedError("The queue is full.", 2.5)
         assert request_id not in self.live
         self.submitted.append((request_id, prompt_token_ids, params, cache_salt, priority))
-        stream = EngineStream(request_id, lambda: self._forget(request_id))
+        stream = EngineStream(request_id, lambda: self._forget(request_id), interval)
         self.live[request_id] = stream
         task = asyncio.create_task(self._generate(stream, prompt_token_ids, params))
         self._tasks.add(task)
@@ -147,7 +148,7 @@ class FakeEngineClient:
                     None if params.logprobs is None else [next_logprobs(token, params.logprobs)],
                     reason,
                     token if stops else None,
-                    0,
+                    0 if place == 0 else None,
                     prompt_logprobs=None
                     if params.prompt_logprobs is None or place > 0
                     else [next_logprobs(one, params.prompt_logprobs) for one in prompt[1:]],

@@ -62,6 +62,7 @@ COMPLETION_FIELDS: list[tuple[str, list[Any]]] = [
     ("user", ["x" * 2**20]),
     ("metadata", ["x", {"a": {"b": 1}}, {str(i): "x" for i in range(17)}]),
     ("truncate_prompt_tokens", [-2, "x"]),
+    ("stream_interval", [0, 1.5, 1025]),
     ("kv_transfer_params", [{"a": 1}]),
     ("temprature", [1]),
     ("x" * 10_000, [1]),

@@ -253,6 +253,7 @@ def test_a_misspelt_variable_is_pointed_out(capsys: pytest.CaptureFixture[str]) 
         (["--block-size", "5"], "block_size=5 must be 8, 16"),
         (["--allowed-origins", "[x"], "is no JSON list"),
         (["--log-level", "loud"], "invalid choice: 'loud'"),
+        (["--stream-interval", "1025"], "stream_interval=1025 must be at most 1024"),
         (["--ssl-keyfile", "k"], "need ssl_certfile"),
     ],
 )

@@ -176,6 +176,34 @@ def test_streams_are_framed_as_the_client_knows_it(version: str) -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("extra", [{}, {"return_token_ids": True}, {"logprobs": 2}])
+@pytest.mark.parametrize("stop", [None, "engine"])
+def test_a_stream_interval_makes_fewer_chunks_of_the_same_text(
+    extra: dict[str, Any], stop: str | None
+) -> None:
+    """Asked for by the request, or by the server's setting."""
+
+    async def main() -> None:
+        body = {**ENDLESS, "max_tokens": 42, "stop": stop, **extra}
+        async with front_end() as front:
+            every = await front.events("/v1/completions", body)
+            few = await front.events("/v1/completions", {**body, "stream_interval": 10})
+        async with front_end(stream_interval=10) as front:
+            for_all = await front.events("/v1/completions", body)
+            overruled = await front.events("/v1/completions", {**body, "stream_interval": 1})
+        assert [shape(events) for events in (for_all, overruled)] == [shape(few), shape(every)]
+        assert len(shape(few)) <= 6 and len(shape(every)) >= 30
+        for events in (few, every):
+            last = events[-2]["choices"][0]
+            assert last["finish_reason"] == ("stop" if stop else "length")
+        assert "".join(shape(few)) == "".join(shape(every))
+
+    def shape(events: list[Any]) -> list[str]:
+        return [event["choices"][0]["text"] for event in events[:-1]]
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("route", ["completions", "chat/completions"])
 @pytest.mark.parametrize("stream_options", [None, {"include_usage": True}])
 def test_chunks_between_the_first_and_the_last_differ_in_their_text_alone(
