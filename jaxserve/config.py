@@ -129,7 +129,7 @@ class EngineConfig:
                 "`jaxserve doctor` to see why devices are missing."
             )
         accelerated = facts.platform != "cpu"
-        rows = self.max_num_seqs or (256 if accelerated else 32)
+        rows = self.max_num_seqs or (256 if accelerated else 64)
         tokens = self.max_num_batched_tokens or max(2 * rows, 8192 if accelerated else 256)
         if tokens < rows:
             raise ConfigError(

@@ -288,8 +288,11 @@ def make_buckets(config: ResolvedConfig, platform: str, single: bool = False) ->
     """
     rows, tokens = config.max_num_seqs, config.max_num_batched_tokens
     if platform == "cpu":
-        shapes = [(lanes, lanes) for lanes in _powers(1, 4, rows)]
+        # Every program has to be compiled, and an empty lane costs as much as a full one.
+        many = _powers(32, 2, rows)
+        shapes = [(lanes, lanes) for lanes in (*_powers(1, 4, min(16, rows)), *many)]
         mixed = [(min(8, rows), min(64, tokens)), (rows, tokens)]
+        mixed += [(lanes, 2 * lanes) for lanes in many if 32 <= lanes < tokens / 2]
     else:
         shapes = [(lanes, lanes) for lanes in _powers(8, 2, rows)]
         mixed = [(min(8, rows), size) for size in (128, 512) if size < tokens]

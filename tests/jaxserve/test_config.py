@@ -46,7 +46,7 @@ def test_values_that_cannot_be_used_are_refused(settings: dict[str, Any], messag
 
 @pytest.mark.parametrize(
     ("facts", "rows", "tokens"),
-    [(CPU, 32, 256), (GPU, 256, 8192), (DeviceFacts("tpu", 4), 256, 8192)],
+    [(CPU, 64, 256), (GPU, 256, 8192), (DeviceFacts("tpu", 4), 256, 8192)],
 )
 def test_sizes_are_chosen_for_the_machine(facts: DeviceFacts, rows: int, tokens: int) -> None:
     config = EngineConfig().resolve(facts, 2048)
@@ -72,7 +72,7 @@ def test_given_sizes_are_kept_and_the_rest_follows_them() -> None:
             {"max_num_seqs": 64, "max_num_batched_tokens": 32},
             "max_num_batched_tokens=32 must be at least max_num_seqs=64",
         ),
-        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens=8 .* max_num_seqs=32"),
+        ({"max_num_batched_tokens": 8}, "max_num_batched_tokens=8 .* max_num_seqs=64"),
     ],
 )
 def test_contradictions_are_refused_with_the_numbers(

@@ -51,7 +51,7 @@ def test_every_step_fits_a_bucket(rows: int, platform: str) -> None:
 def test_the_scheduler_fills_the_buckets_that_hold_all_rows() -> None:
     buckets = make_buckets(resolved(256, 8192, "gpu"), "gpu")
     assert step_sizes(buckets) == [512, 1024, 2048, 4096, 8192]
-    assert step_sizes(make_buckets(resolved(32, 256, "cpu"), "cpu")) == [256]
+    assert step_sizes(make_buckets(resolved(64, 256, "cpu"), "cpu")) == [128, 256]
 
 
 @pytest.mark.parametrize("platform", ["cpu", "gpu"])
@@ -69,12 +69,14 @@ def test_steps_of_one_token_may_have_a_shape_of_their_own() -> None:
 
 
 def test_decoding_wastes_little() -> None:
-    """On a GPU, at most half of the lanes of a decoding step are padding (from 8 requests on)."""
-    buckets = make_buckets(resolved(256, 8192, "gpu"), "gpu")
-    for lanes in range(8, 257):
-        first = next(bucket for bucket in buckets if bucket.fits(lanes, lanes))
-        assert first.decode_only
-        assert first.lanes <= max(8, 2 * lanes - 1)
+    """At most half of the lanes of a decoding step are padding, on a GPU from 8 requests on, on a
+    CPU from 16."""
+    for platform, least in (("gpu", 8), ("cpu", 16)):
+        buckets = make_buckets(resolved(256, 8192, platform), platform)
+        for lanes in range(least, 257):
+            first = next(bucket for bucket in buckets if bucket.fits(lanes, lanes))
+            assert first.decode_only
+            assert first.lanes <= max(least, 2 * lanes - 1)
 
 
 # --- steps ----------------------------------------------------------------------------------------
