@@ -53,7 +53,13 @@ def make_parser() -> flags.Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command line; returns the exit code: 1 for errors, 2 for a wrong command line."""
+    """Runs a command line; returns the exit code: 1 for errors, 2 for a wrong command line.
+
+    Without ``argv`` it takes the process's words and the process for its own: unless ``USE_TORCH``
+    says otherwise, tokenizers are loaded there without torch.
+    """
+    if argv is None:
+        os.environ.setdefault("USE_TORCH", "0")
     words = flags.with_dashes(sys.argv[1:] if argv is None else argv)
     name = words[0] if words else ""
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
@@ -21,6 +22,8 @@ CONVERSATION_OPTIONS = {"add_generation_prompt", "continue_final_message"}
 """What conversations that the model's own code makes can be told; see ``jaxserve.vocab``."""
 MAX_CHARACTER_TOKENS = 4
 """A UTF-8 character has at most four bytes, hence at most four byte tokens."""
+NO = {"0", "NO", "OFF", "FALSE"}
+"""``USE_TORCH``, with which earlier versions of ``transformers`` were told to leave torch alone."""
 Decode = Callable[[list[int], bool], str]
 
 
@@ -37,6 +40,8 @@ class Tokenizer:
         self, path: str, revision: str | None = None, chat_template: str | None = None
     ) -> None:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # no torch is fine
+        if os.environ.get("USE_TORCH", "").upper() in NO:
+            _import_transformers_without_torch()
         from transformers import AutoTokenizer
 
         from jaxserve.vocab import open_vocabulary
@@ -279,3 +284,19 @@ def _whole_characters(
         if whole[-len(real) :] == real:
             return [], rest
     return [], []
+
+
+def _import_transformers_without_torch() -> None:
+    """Lets ``transformers`` find no torch, in this process and for good.
+
+    It imports torch where that is installed: seconds and hundreds of MiB, for nothing that a
+    tokenizer calls. Whether torch is there it asks once, when it is imported. Others may import
+    torch afterwards.
+    """
+    if "transformers" in sys.modules or "torch" in sys.modules:
+        return
+    sys.modules["torch"] = None  # type: ignore[assignment]  # what importlib takes for "not found"
+    try:
+        import transformers.utils  # noqa: F401
+    finally:
+        del sys.modules["torch"]

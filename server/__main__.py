@@ -5,4 +5,5 @@ import sys
 from jaxserve.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(main(["serve", *sys.argv[1:]]))
+    sys.argv[1:1] = ["serve"]
+    sys.exit(main())

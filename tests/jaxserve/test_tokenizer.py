@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +299,18 @@ def test_a_missing_tokenizer_is_named_with_the_remedy(tmp_path: Path) -> None:
         Tokenizer(str(directory))
     assert str(directory) in str(error.value)
     assert "skip_tokenizer_init=True" in str(error.value)
+
+
+@pytest.mark.parametrize("before", ["", "import torch"])
+def test_torch_is_left_alone_where_that_is_asked_for(before: str) -> None:
+    code = f"""
+import sys, importlib.util
+{before}
+was_there = "torch" in sys.modules
+from jaxserve import demo
+from jaxserve.tokenizer import Tokenizer
+assert Tokenizer(str(demo.target_path())).encode("Hello")
+assert ("torch" in sys.modules) == was_there
+assert importlib.util.find_spec("torch"), "others can't import it any more"
+"""
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"USE_TORCH": "0"}, check=True)

@@ -29,7 +29,8 @@ CODE = """
 {before}
 import sys
 from jaxserve.__main__ import main
-sys.exit(main(["serve", *sys.argv[1:]]))
+sys.argv[1:1] = ["serve"]
+sys.exit(main())
 """
 SECONDS = within(15.0)
 NEVER = {"start": "never"}

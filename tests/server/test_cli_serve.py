@@ -95,12 +95,13 @@ def test_settings_that_differ_from_the_defaults_are_told_once(demo: Any) -> None
     assert server.err.count(told) == 1
 
 
-def test_the_front_end_loads_no_jax(demo: Any) -> None:
+@pytest.mark.parametrize("library", ["jaxlib", "libtorch"])
+def test_the_front_end_loads_nothing_that_computes(demo: Any, library: str) -> None:
     server, _, _ = demo
     maps = Path(f"/proc/{server.process.pid}/maps")
     if not maps.exists():
         pytest.skip("needs /proc")
-    assert "jaxlib" not in maps.read_text()
+    assert library not in maps.read_text()
 
 
 def test_complete_asks_a_running_server(demo: Any, capsys: pytest.CaptureFixture[str]) -> None:
