@@ -18,7 +18,15 @@ from jaxserve import demo, log
 from jaxserve.config import DTYPES, DeviceFacts, EngineConfig, ResolvedConfig
 from jaxserve.distributed import LOGICAL_TO_MESH, make_mesh
 from jaxserve.engine.core import Engine
-from jaxserve.engine.memory import GIB, MemoryPlan, check_fits, claim_memory, plan_memory, room_for
+from jaxserve.engine.memory import (
+    GIB,
+    MemoryPlan,
+    check_fits,
+    claim_memory,
+    plan_memory,
+    room_for,
+    take_memory,
+)
 from jaxserve.engine.page_allocator import PageAllocator
 from jaxserve.engine.programs import Progress, compile_events, use_compilation_cache
 from jaxserve.engine.runner import Runner, make_buckets, step_sizes
@@ -88,8 +96,18 @@ def build(wanted: EngineConfig, checkpoint: Checkpoint, timeline: Timeline) -> B
     tree = decoder.declare(model)
     specs = model_params.partition_specs(tree, LOGICAL_TO_MESH, mesh.shape)
     weights = model_params.sharded(tree, dtype, mesh, specs)
+    if facts.platform == "gpu":
+        with timeline.stage("memory"):
+            take_memory(mesh.local_devices)
     given = fraction if facts.platform == "gpu" else 1.0  # other allocators have all memory
     memory = plan_memory(config, model, weights, mesh, dtype, given)
+    if memory.held:
+        log.logger.warning(
+            "gpu_memory_utilization=%s counts on memory that other processes hold (nvidia-smi "
+            "names them): %s.",
+            config.gpu_memory_utilization,
+            memory,
+        )
     windows = model.page_groups.windows
     config = _fit(config, memory, windows, shorten=wanted.max_model_len is None)
     stats = Stats()

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
 from jax._src.xla_bridge import backends_are_initialized  # public JAX doesn't tell
 from jax.sharding import Mesh
@@ -63,6 +64,15 @@ def claim_memory(utilization: float) -> float:
     return utilization
 
 
+def take_memory(devices: Sequence[Any]) -> None:
+    """Lets JAX's allocator take its share of GPUs' memory, as it does with the first array there.
+
+    If other processes hold memory, the share is smaller. ``plan_memory`` sees that afterwards;
+    else it would show when the cache is made, whose every array waits 10 s before it fails.
+    """
+    jax.block_until_ready([jax.device_put(np.zeros(1), device) for device in devices])
+
+
 @dataclass(frozen=True)
 class MemoryPlan:
     """What one device's memory goes to, in bytes.
@@ -74,7 +84,8 @@ class MemoryPlan:
         weights: the model's, on one device.
         activations: kept for the largest step.
         slack: kept for what the allocator can't use.
-        limit: what we may use.
+        limit: what we may use and can have.
+        held: by other processes, of what we might use besides.
     """
 
     num_pages: int
@@ -84,6 +95,7 @@ class MemoryPlan:
     activations: int
     slack: int
     limit: int
+    held: int = 0
 
     @property
     def cache(self) -> int:
@@ -104,7 +116,8 @@ class MemoryPlan:
             f"KV cache ({self.num_pages} pages)": self.cache,
         }
         words = [f"{name} {size / GIB:.2f} GiB" for name, size in parts.items()]
-        return f"{', '.join(words)} of {self.limit / GIB:.2f} GiB"
+        others = f" ({self.held / GIB:.2f} GiB more are held by others)" if self.held else ""
+        return f"{', '.join(words)} of {self.limit / GIB:.2f} GiB{others}"
 
 
 def plan_memory(
@@ -133,7 +146,9 @@ def plan_memory(
     shards = [_rounded(shard_bytes(weight)) for weight in weights.values()]
     weight_bytes = sum(shards)
     activations = activation_bytes(config, model, dtype)
-    in_use, limit = _device_memory(mesh.local_devices, config.gpu_memory_utilization, fraction)
+    in_use, limit, held = _device_memory(
+        mesh.local_devices, config.gpu_memory_utilization, fraction
+    )
     slack = 0
     if limit is not None:
         # Making a weight may take as much memory again (that it takes less isn't measured). What
@@ -155,24 +170,26 @@ def plan_memory(
     if config.kv_cache_memory_bytes is not None:
         cache_bytes = config.kv_cache_memory_bytes
     usable = config.num_gpu_blocks_override or max(cache_bytes // page_bytes - 1, 0)
-    return MemoryPlan(usable + 1, page_bytes, in_use, weight_bytes, activations, slack, limit)
+    return MemoryPlan(usable + 1, page_bytes, in_use, weight_bytes, activations, slack, limit, held)
 
 
 def _device_memory(
     devices: Iterable[Any], utilization: float, fraction: float
-) -> tuple[int, int | None]:
-    """(bytes in use, bytes that we may use in all) of the fullest device; no limit if it tells
-    none, as CPUs do."""
-    fullest: tuple[int, int | None] = 0, None
+) -> tuple[int, int | None, int]:
+    """(bytes in use, bytes that we may use in all, what other processes hold of these) of the
+    fullest device; no limit if it tells none, as CPUs do."""
+    fullest: tuple[int, int | None, int] = 0, None, 0
     for device in devices:
         stats = device.memory_stats() or {}
         if "bytes_limit" not in stats:
             continue
         # Of an allocator that was given more for an earlier engine, we leave the rest.
-        limit = int(stats["bytes_limit"] * min(1.0, utilization / fraction))
-        in_use = stats["bytes_in_use"]
+        wanted = int(stats["bytes_limit"] * min(1.0, utilization / fraction))
+        # An allocator that takes its share at once has all that it could get.
+        taken = None if _allocator_grows() else stats.get("pool_bytes")
+        limit, in_use = min(wanted, taken or wanted), stats["bytes_in_use"]
         if fullest[1] is None or limit - in_use < fullest[1] - fullest[0]:
-            fullest = in_use, limit
+            fullest = in_use, limit, wanted - limit
     return fullest
 
 
@@ -232,14 +249,19 @@ def check_fits(
         raise ConfigError(
             f"A sequence of max_model_len={config.max_model_len} tokens needs {needed:.2f} GiB of "
             f"KV cache, but there is room for {room} tokens ({plan}). "
-            f"{shorter} gpu_memory_utilization or tensor_parallel_size."
+            f"{shorter} gpu_memory_utilization or tensor_parallel_size{_or_free(plan)}."
         )
     if plan.total > plan.limit:
         raise ConfigError(
             f"That is {(plan.total - plan.limit) / GIB:.2f} GiB more than there is to use: {plan}. "
             "Lower kv_cache_memory_bytes or num_gpu_blocks_override, or raise "
-            "gpu_memory_utilization."
+            f"gpu_memory_utilization{_or_free(plan)}."
         )
+
+
+def _or_free(plan: MemoryPlan) -> str:
+    """The remedy against other processes."""
+    return ", or end the processes that nvidia-smi names" if plan.held else ""
 
 
 def activation_bytes(config: ResolvedConfig, model: ModelConfig, dtype: jnp.dtype) -> int:

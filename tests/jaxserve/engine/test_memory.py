@@ -62,13 +62,18 @@ def pages(fraction: float = 0.9, model: ModelConfig = MODEL, **settings: Any) ->
 
 @dataclasses.dataclass
 class FakeDevice:
-    """A device that tells its memory."""
+    """A device that tells its memory; ``pool`` is what its allocator has already."""
 
     limit: int
     in_use: int = 0
+    pool: int = 0
 
     def memory_stats(self) -> dict[str, int]:
-        return {"bytes_limit": self.limit, "bytes_in_use": self.in_use}
+        return {
+            "bytes_limit": self.limit,
+            "bytes_in_use": self.in_use,
+            "pool_bytes": self.pool,
+        }
 
 
 def on(patch: pytest.MonkeyPatch, *devices: FakeDevice) -> None:
@@ -129,6 +134,23 @@ def test_a_gpu_takes_what_is_left_beside_weights_that_are_not_there_yet(
     text = str(plan)
     assert "in use before 3.00 GiB, weights 0.00 GiB, activations 0.25 GiB, slack 0.13 GiB" in text
     assert f"KV cache ({plan.num_pages} pages) 4.62 GiB of 8.00 GiB" in text
+
+
+def test_what_other_processes_hold_is_not_planned_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    on(monkeypatch, FakeDevice(8 * GIB, pool=3 * GIB))
+    plan = pages()
+    assert (plan.limit, plan.held) == (3 * GIB, 5 * GIB)
+    assert plan.limit - PAGE_BYTES < plan.total <= plan.limit
+    assert str(plan).endswith(" of 3.00 GiB (5.00 GiB more are held by others)")
+
+
+@pytest.mark.parametrize(("pool", "grows"), [(8 * GIB, ""), (0, ""), (GIB, "false")])
+def test_nobody_else_holds_anything(monkeypatch: pytest.MonkeyPatch, pool: int, grows: str) -> None:
+    on(monkeypatch, FakeDevice(8 * GIB, pool=pool))
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", grows)
+    plan = pages()
+    assert (plan.limit, plan.held) == (8 * GIB, 0)
+    assert "others" not in str(plan)
 
 
 def test_a_gpu_that_is_full_has_no_pages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,6 +376,15 @@ def test_without_room_for_a_page_no_length_is_recommended() -> None:
         check_fits(plan, resolved())
     assert "room for 0 tokens" in str(error.value)
     assert "max_model_len=0" not in str(error.value)
+
+
+@pytest.mark.parametrize("num_pages", [32, 64])
+def test_other_processes_are_a_remedy_where_they_hold_memory(num_pages: int) -> None:
+    for held in (0, GIB):
+        plan = dataclasses.replace(PLAN, num_pages=num_pages, held=held)
+        with pytest.raises(ConfigError) as error:
+            check_fits(plan, resolved(max_model_len=512))
+        assert ("or end the processes that nvidia-smi names" in str(error.value)) == bool(held)
 
 
 def test_a_cache_of_a_given_size_must_fit_beside_the_rest() -> None:
