@@ -329,7 +329,7 @@ def test_two_front_ends_share_the_engine_and_nothing_else() -> None:
         assert [tokens for tokens, _ in results] == [
             naive([index], 50, VOCAB) for index in range(20) for _ in range(2)
         ]
-        left = second.submit("left behind", [1], greedy(1200))
+        left = second.submit("left behind", [1], greedy(2000))
         kept = first.submit("kept", [2], greedy(200))
         await second.close()
         assert (await read(left))[1].finish_reason == "abort"
@@ -337,7 +337,7 @@ def test_two_front_ends_share_the_engine_and_nothing_else() -> None:
         assert first.state == "ready"
         assert await seconds_until_idle(first) < within(1)
 
-    play(scene)
+    play(scene, pace="slow", **LONG)
 
 
 def test_closing_lets_requests_end_and_takes_no_more() -> None:
