@@ -96,10 +96,11 @@ def build(wanted: EngineConfig, checkpoint: Checkpoint, timeline: Timeline) -> B
     tree = decoder.declare(model)
     specs = model_params.partition_specs(tree, LOGICAL_TO_MESH, mesh.shape)
     weights = model_params.sharded(tree, dtype, mesh, specs)
+    given = 1.0  # allocators of other platforms have all memory
     if facts.platform == "gpu":
+        given = fraction
         with timeline.stage("memory"):
             take_memory(mesh.local_devices)
-    given = fraction if facts.platform == "gpu" else 1.0  # other allocators have all memory
     memory = plan_memory(config, model, weights, mesh, dtype, given)
     if memory.held:
         log.logger.warning(

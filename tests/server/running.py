@@ -27,10 +27,8 @@ serve.EngineProcess = functools.partial(engine_supervisor.EngineProcess, command
 """
 CODE = """
 {before}
-import sys
-from jaxserve.__main__ import main
-sys.argv[1:1] = ["serve"]
-sys.exit(main())
+import runpy
+runpy.run_module("server", run_name="__main__")
 """
 SECONDS = within(15.0)
 NEVER = {"start": "never"}
